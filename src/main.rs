@@ -1,0 +1,5 @@
+//! The `glmtune` program.
+
+fn main() -> std::process::ExitCode {
+    glmtune::cli::main()
+}
