@@ -1,0 +1,120 @@
+//! Everything that can go wrong, one variant per kind of failure.
+//!
+//! A message names the place (file, flag, tensor), the value found, the value expected and the remedy, in one line.
+//! [`Error::exit_code`] follows cargo: 2 for a wrong command line, 1 for everything else.
+
+use std::path::{Path, PathBuf};
+
+/// The result of everything in this crate that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A failure, worded for the person who has to mend it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused: `action` is an infinitive ("open", "write").
+    #[error("{}: cannot {action}: {source}{}", path.display(), io_remedy(source))]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was tried, as an infinitive.
+        action: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file, flag or record holds something else than it must.
+    #[error("{place}: found {found}, expected {expected}; {remedy}")]
+    Input {
+        /// File, `file:line`, tensor or flag.
+        place: String,
+        /// The value found.
+        found: String,
+        /// The value or range expected.
+        expected: String,
+        /// The one thing to do.
+        remedy: String,
+    },
+    /// Two tensors do not fit together: a bug in the program, or a file that was not checked.
+    #[error("{operation}: found {found}, expected {expected}")]
+    Shape {
+        /// The operation of [`crate::ops`].
+        operation: &'static str,
+        /// The shapes found.
+        found: String,
+        /// The shapes expected.
+        expected: String,
+    },
+    /// A loss, gradient or activation stopped being a number.
+    #[error("step {step}: {what} is {value} (first seen in {layer}); {remedy}")]
+    NonFinite {
+        /// The optimizer step, counted from 1.
+        step: u64,
+        /// Loss, gradient norm, ...
+        what: &'static str,
+        /// `NaN` or `inf`.
+        value: f64,
+        /// The first layer in forward order whose values are not finite.
+        layer: String,
+        /// The one thing to do.
+        remedy: String,
+    },
+    /// The user asked to stop; everything was saved first.
+    #[error("interrupted at step {step}; {saved}")]
+    Interrupted {
+        /// The last finished optimizer step.
+        step: u64,
+        /// Where the state is, and how to go on.
+        saved: String,
+    },
+    /// The command line contradicts itself.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl Error {
+    /// Wraps an I/O error with the path and the action that met it: `.map_err(Error::io(path, "open"))`.
+    pub fn io(path: impl AsRef<Path>, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io { path, action, source }
+    }
+
+    /// A file, flag or record that holds something else than it must.
+    pub fn input(
+        place: impl std::fmt::Display,
+        found: impl std::fmt::Display,
+        expected: impl std::fmt::Display,
+        remedy: impl std::fmt::Display,
+    ) -> Error {
+        Error::Input {
+            place: place.to_string(),
+            found: found.to_string(),
+            expected: expected.to_string(),
+            remedy: remedy.to_string(),
+        }
+    }
+
+    /// The process exit code: 2 for a wrong command line, 130 after Ctrl-C (128 + SIGINT), 1 for the rest.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) => 2,
+            Error::Interrupted { .. } => 130,
+            _ => 1,
+        }
+    }
+}
+
+/// What helps against a refusal of the system; empty where nothing does for sure.
+fn io_remedy(source: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind as Kind;
+    match source.kind() {
+        Kind::NotFound => "; check the path",
+        Kind::PermissionDenied | Kind::ReadOnlyFilesystem => {
+            "; check owner and permissions, or give another place"
+        }
+        Kind::IsADirectory => "; give a file, not a folder",
+        Kind::NotADirectory => "; a part of the path is a file: give another path",
+        Kind::StorageFull | Kind::FileTooLarge | Kind::QuotaExceeded => {
+            "; make room, or write to another disk"
+        }
+        _ => "",
+    }
+}
