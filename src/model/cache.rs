@@ -1,0 +1,248 @@
+//! Generation: keys and values of the positions so far.
+
+use super::Model;
+use super::glm::{self, BlockActivations, BlockDropout};
+use crate::data::batch::{Batch, Span};
+use crate::error::{Error, Result};
+use crate::nn::{Geometry, Keys, NormActivations, Scratch};
+use crate::ops::{self, WeightRef};
+use crate::tensor::{DType, Tensor, check_memory};
+
+/// Rotated keys and values of every layer, for `size` sequences of up to `capacity` positions.
+#[derive(Debug)]
+pub struct KvCache {
+    size: usize,
+    capacity: usize,
+    len: usize,
+    /// Keys and values `[B, capacity, hidden]` of each layer.
+    layers: Vec<(Tensor, Tensor)>,
+    spans: Vec<Span>,
+    /// Position and block position of the last token of each sequence.
+    last: Vec<[i32; 2]>,
+    tables: Tensor,
+    buffers: Option<Buffers>,
+}
+
+/// Activations of one forward pass; one block's serve all layers.
+#[derive(Debug)]
+struct Buffers {
+    rows: usize,
+    ids: Tensor,
+    positions: Tensor,
+    hidden: [Tensor; 2],
+    block: BlockActivations,
+    final_layernorm: NormActivations,
+    last: Tensor,
+    scratch: Scratch,
+}
+
+impl Buffers {
+    fn new(model: &Model, size: usize, rows: usize) -> Self {
+        let (dtype, hidden) = (model.dtype(), model.config().hidden_size);
+        Self {
+            rows,
+            ids: Tensor::zeros(DType::I32, [rows]),
+            positions: Tensor::zeros(DType::I32, [rows, 2]),
+            hidden: [
+                Tensor::zeros(dtype, [rows, hidden]),
+                Tensor::zeros(dtype, [rows, hidden]),
+            ],
+            block: model.blocks[0].activations(dtype, rows),
+            final_layernorm: NormActivations::new(dtype, size, hidden),
+            last: Tensor::zeros(dtype, [size, hidden]),
+            scratch: Scratch {
+                dropped: Tensor::zeros(dtype, [0]),
+                du: Tensor::zeros(dtype, [0]),
+            },
+        }
+    }
+}
+
+impl KvCache {
+    pub(super) fn new(model: &Model, size: usize, capacity: usize) -> Self {
+        let (dtype, config) = (model.dtype(), model.config());
+        let plane = || Tensor::zeros(dtype, [size, capacity, config.hidden_size]);
+        Self {
+            size,
+            capacity,
+            len: 0,
+            layers: model.blocks.iter().map(|_| (plane(), plane())).collect(),
+            spans: Vec::with_capacity(size),
+            last: Vec::with_capacity(size),
+            tables: glm::rope_tables(dtype, config.head_dim(), capacity + 1),
+            buffers: None,
+        }
+    }
+
+    /// Positions held so far, padding included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Is nothing held yet?
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Positions reserved for each sequence.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets everything, to start another batch of the same size.
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+}
+
+impl Model {
+    /// A cache for `size` sequences of up to `capacity` positions, padding included.
+    ///
+    /// # Errors
+    /// Either is 0.
+    pub fn cache(&self, size: usize, capacity: usize) -> Result<KvCache> {
+        if size == 0 || capacity == 0 {
+            return Err(Error::input(
+                "cache",
+                format!("{size} x {capacity}"),
+                "at least 1 x 1",
+                "give a prompt",
+            ));
+        }
+        let config = self.config();
+        check_memory(
+            &format!("keys and values of {size} conversations of {capacity} tokens"),
+            (2 * config.num_layers * config.hidden_size * self.dtype().size()) as u128
+                * size as u128
+                * capacity as u128,
+            "lower --max-new-tokens, --max-length or --batch-size",
+        )?;
+        Ok(KvCache::new(self, size, capacity))
+    }
+
+    /// Runs left-padded prompts; returns the logits after their last tokens, `[B, V]` in the compute type.
+    ///
+    /// # Errors
+    /// The batch does not fit the cache, or an id lies outside the vocabulary.
+    pub fn prefill(&self, cache: &mut KvCache, batch: &Batch) -> Result<Tensor> {
+        if batch.size != cache.size || batch.len == 0 || !glm::spans_fit(&batch.spans, batch.len) {
+            return Err(Error::Shape {
+                operation: "Model::prefill",
+                found: format!("{} sequences of {} tokens", batch.size, batch.len),
+                expected: format!("{} sequences", cache.size),
+            });
+        }
+        cache.len = 0;
+        cache.spans.clone_from(&batch.spans);
+        cache.last = batch
+            .positions
+            .chunks_exact(2 * batch.len)
+            .map(|p| [p[2 * batch.len - 2], p[2 * batch.len - 1]])
+            .collect();
+        self.extend(cache, &batch.ids, &batch.positions)
+    }
+
+    /// Appends one token to each sequence; returns the next logits, `[B, V]` in the compute type.
+    ///
+    /// # Errors
+    /// The cache is full, or an id lies outside the vocabulary.
+    pub fn decode(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor> {
+        for last in &mut cache.last {
+            last[1] += 1;
+        }
+        let ids: Vec<i32> = tokens
+            .iter()
+            .map(|&t| i32::try_from(t).unwrap_or(i32::MAX))
+            .collect();
+        let positions: Vec<i32> = cache.last.iter().flatten().copied().collect();
+        self.extend(cache, &ids, &positions)
+    }
+
+    fn extend(&self, cache: &mut KvCache, ids: &[i32], positions: &[i32]) -> Result<Tensor> {
+        let rows = ids.len();
+        let queries = rows / cache.size;
+        if queries == 0 || cache.len + queries > cache.capacity {
+            return Err(Error::input(
+                "generation",
+                format!("{} tokens", cache.len + queries.max(1)),
+                format!("at most {}", cache.capacity),
+                "shorten the prompt or ask for fewer new tokens",
+            ));
+        }
+        let mut buffers = match cache.buffers.take() {
+            Some(buffers) if buffers.rows >= rows => buffers,
+            _ => Buffers::new(self, cache.size, rows),
+        };
+        let device = self.device();
+        let logits = ops::pass(device, || {
+            self.extend_with(cache, &mut buffers, ids, positions, queries)
+        });
+        cache.buffers = Some(buffers);
+        cache.len += queries;
+        logits
+    }
+
+    fn extend_with(
+        &self,
+        cache: &mut KvCache,
+        buffers: &mut Buffers,
+        ids: &[i32],
+        positions: &[i32],
+        queries: usize,
+    ) -> Result<Tensor> {
+        let rows = ids.len();
+        let hidden = self.config().hidden_size;
+        let Buffers {
+            ids: id_tensor,
+            positions: position_tensor,
+            hidden: [x, out],
+            ..
+        } = buffers;
+        id_tensor.resize([rows])?;
+        id_tensor.as_mut_slice().copy_from_slice(ids);
+        position_tensor.resize([rows, 2])?;
+        position_tensor.as_mut_slice().copy_from_slice(positions);
+        x.resize([rows, hidden])?;
+        ops::embedding(&self.embedding.value, id_tensor, x)?;
+        for (block, (keys, values)) in self.blocks.iter().zip(&mut cache.layers) {
+            let geometry = Geometry {
+                spans: &cache.spans,
+                positions: position_tensor,
+                tables: &cache.tables,
+            };
+            let keys = Keys::Cache {
+                keys,
+                values,
+                past: cache.len,
+            };
+            block.forward(
+                x,
+                geometry,
+                keys,
+                BlockDropout::OFF,
+                &mut buffers.block,
+                &mut buffers.scratch,
+                out,
+            )?;
+            std::mem::swap(x, out);
+        }
+        let last_rows: Vec<i32> = (0..cache.size).map(|b| ((b + 1) * queries - 1) as i32).collect();
+        buffers.last.resize([cache.size, hidden])?;
+        ops::gather_rows(
+            x,
+            &Tensor::from_slice(&last_rows, [cache.size]),
+            &mut buffers.last,
+        )?;
+        self.final_layernorm
+            .forward(&buffers.last, &mut buffers.final_layernorm)?;
+        let mut logits = Tensor::zeros(self.dtype(), [cache.size, self.config().vocab_size]);
+        ops::linear(
+            &buffers.final_layernorm.y,
+            WeightRef::Dense(self.head()),
+            None,
+            None,
+            &mut logits,
+        )?;
+        Ok(logits)
+    }
+}

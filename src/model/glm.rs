@@ -1,0 +1,311 @@
+//! The ChatGLM-6B block: residuals start from the *normalised* input, scaled by alpha.
+
+use crate::data::batch::Span;
+use crate::error::Result;
+use crate::nn::{
+    Attention, AttentionActivations, Geometry, Keys, LayerNorm, Linear, Mlp, MlpActivations, NormActivations,
+    Param, Scratch,
+};
+use crate::rng::Stream;
+use crate::tensor::{DType, Tensor};
+
+/// `sqrt(2 * 28)`: the official code builds its blocks without a layer count, so the default 28 stands whatever the
+/// configuration says.
+pub const ALPHA: f64 = 7.483_314_773_547_883;
+
+/// One transformer block:
+/// `a = input_layernorm(x); y = alpha a + attention(a); b = post_attention_layernorm(y); out = alpha b + mlp(b)`.
+#[derive(Debug, Clone)]
+pub struct Block {
+    /// LN1.
+    pub input_layernorm: LayerNorm,
+    /// Self-attention.
+    pub attention: Attention,
+    /// LN2.
+    pub post_attention_layernorm: LayerNorm,
+    /// Feed-forward.
+    pub mlp: Mlp,
+}
+
+/// What a block keeps for its backward pass.
+#[derive(Debug)]
+pub struct BlockActivations {
+    /// a.
+    pub input_layernorm: NormActivations,
+    /// Inside the attention.
+    pub attention: AttentionActivations,
+    /// y `[rows, hidden]`.
+    pub y: Tensor,
+    /// b.
+    pub post_attention_layernorm: NormActivations,
+    /// Inside the feed-forward layer.
+    pub mlp: MlpActivations,
+}
+
+/// Buffers of the backward pass, shared by all blocks.
+#[derive(Debug)]
+pub struct BackwardScratch {
+    d_inner: Tensor,
+    d_qkv: Tensor,
+    d_norm: Tensor,
+    d_y: Tensor,
+}
+
+impl BackwardScratch {
+    /// For up to `rows` rows.
+    pub fn new(dtype: DType, rows: usize, hidden: usize, inner: usize) -> Self {
+        Self {
+            d_inner: Tensor::zeros(dtype, [rows, inner]),
+            d_qkv: Tensor::zeros(dtype, [rows, 3 * hidden]),
+            d_norm: Tensor::zeros(dtype, [rows, hidden]),
+            d_y: Tensor::zeros(dtype, [rows, hidden]),
+        }
+    }
+}
+
+/// The dropout streams of one block: its four linears draw from neighbouring streams.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockDropout(Option<Stream>);
+
+impl BlockDropout {
+    /// No dropout.
+    pub const OFF: Self = Self(None);
+
+    /// Of block `layer`, in the forward pass that `base` numbers.
+    pub fn new(base: Stream, layer: usize) -> Self {
+        Self(Some(Stream::new(
+            base.seed(),
+            (base.stream() << 16) | ((layer as u64) << 2),
+        )))
+    }
+
+    fn linear(self, index: u64) -> Option<Stream> {
+        self.0.map(|s| Stream::new(s.seed(), s.stream() + index))
+    }
+
+    fn attention(self) -> [Option<Stream>; 2] {
+        [self.linear(0), self.linear(1)]
+    }
+
+    fn mlp(self) -> [Option<Stream>; 2] {
+        [self.linear(2), self.linear(3)]
+    }
+}
+
+impl Block {
+    /// Activations for up to `rows` rows.
+    pub fn activations(&self, dtype: DType, rows: usize) -> BlockActivations {
+        let (_, hidden) = self.attention.query_key_value.extents();
+        BlockActivations {
+            input_layernorm: NormActivations::new(dtype, rows, hidden),
+            attention: self.attention.activations(dtype, rows),
+            y: Tensor::zeros(dtype, [rows, hidden]),
+            post_attention_layernorm: NormActivations::new(dtype, rows, hidden),
+            mlp: self.mlp.activations(dtype, rows),
+        }
+    }
+
+    /// `out [rows, hidden]` from `x`.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        geometry: Geometry<'_>,
+        keys: Keys<'_>,
+        dropout: BlockDropout,
+        activations: &mut BlockActivations,
+        scratch: &mut Scratch,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let BlockActivations {
+            input_layernorm: ln1,
+            attention,
+            y,
+            post_attention_layernorm: ln2,
+            mlp,
+        } = activations;
+        y.resize(x.shape())?;
+        out.resize(x.shape())?;
+        self.input_layernorm.forward(x, ln1)?;
+        self.attention.forward(
+            &ln1.y,
+            ALPHA,
+            geometry,
+            keys,
+            dropout.attention(),
+            attention,
+            scratch,
+            y,
+        )?;
+        self.post_attention_layernorm.forward(y, ln2)?;
+        self.mlp.forward(&ln2.y, ALPHA, dropout.mlp(), mlp, scratch, out)
+    }
+
+    /// From `d`, the gradient over the output: adds the parameters' gradients and, when `propagate`, leaves the gradient
+    /// over the input in `d`.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn backward(
+        &mut self,
+        x: &Tensor,
+        geometry: Geometry<'_>,
+        dropout: BlockDropout,
+        activations: &BlockActivations,
+        (scratch, backward): (&mut Scratch, &mut BackwardScratch),
+        d: &mut Tensor,
+        propagate: bool,
+    ) -> Result<()> {
+        let BlockActivations {
+            input_layernorm: ln1,
+            attention,
+            y,
+            post_attention_layernorm: ln2,
+            mlp,
+        } = activations;
+        let BackwardScratch {
+            d_inner,
+            d_qkv,
+            d_norm,
+            d_y,
+        } = backward;
+        d_norm.resize(d.shape())?;
+        d_y.resize(d.shape())?;
+        self.mlp
+            .backward(&ln2.y, d, ALPHA, dropout.mlp(), mlp, (scratch, d_inner), d_norm)?;
+        self.post_attention_layernorm
+            .backward(y, d_norm, ln2, Some(d_y))?;
+        // `d` has been read: it now serves as the gradient over the context, then over LN1's output.
+        let wanted = propagate || self.input_layernorm.trains();
+        let (d_context, da) = (d_norm, d);
+        let dx = if wanted { Some(&mut *da) } else { None };
+        let buffers = (scratch, d_context, d_qkv);
+        self.attention.backward(
+            &ln1.y,
+            d_y,
+            ALPHA,
+            geometry,
+            dropout.attention(),
+            attention,
+            buffers,
+            dx,
+        )?;
+        if wanted {
+            let dx = if propagate { Some(&mut *d_y) } else { None };
+            self.input_layernorm.backward(x, da, ln1, dx)?;
+            std::mem::swap(da, d_y);
+        }
+        Ok(())
+    }
+
+    /// Does any parameter of the block train?
+    pub fn trains(&self) -> bool {
+        self.input_layernorm.trains()
+            || self.post_attention_layernorm.trains()
+            || self.linears().iter().any(|(_, linear)| linear.trains())
+    }
+
+    /// The four linears with their names within the block, in the order of the forward pass.
+    pub fn linears(&self) -> [(&'static str, &Linear); 4] {
+        [
+            ("attention.query_key_value", &self.attention.query_key_value),
+            ("attention.dense", &self.attention.dense),
+            ("mlp.dense_h_to_4h", &self.mlp.dense_h_to_4h),
+            ("mlp.dense_4h_to_h", &self.mlp.dense_4h_to_h),
+        ]
+    }
+
+    /// [`Block::linears`], to change them.
+    pub fn linears_mut(&mut self) -> [(&'static str, &mut Linear); 4] {
+        [
+            ("attention.query_key_value", &mut self.attention.query_key_value),
+            ("attention.dense", &mut self.attention.dense),
+            ("mlp.dense_h_to_4h", &mut self.mlp.dense_h_to_4h),
+            ("mlp.dense_4h_to_h", &mut self.mlp.dense_4h_to_h),
+        ]
+    }
+
+    pub(crate) fn for_each_param<'a>(&'a self, name: &str, f: &mut dyn FnMut(&str, &'a Param)) {
+        self.input_layernorm
+            .for_each_param(&format!("{name}.input_layernorm"), f);
+        self.attention
+            .query_key_value
+            .for_each_param(&format!("{name}.attention.query_key_value"), f);
+        self.attention
+            .dense
+            .for_each_param(&format!("{name}.attention.dense"), f);
+        self.post_attention_layernorm
+            .for_each_param(&format!("{name}.post_attention_layernorm"), f);
+        self.mlp
+            .dense_h_to_4h
+            .for_each_param(&format!("{name}.mlp.dense_h_to_4h"), f);
+        self.mlp
+            .dense_4h_to_h
+            .for_each_param(&format!("{name}.mlp.dense_4h_to_h"), f);
+    }
+
+    pub(crate) fn for_each_param_mut(
+        &mut self,
+        name: &str,
+        f: &mut dyn FnMut(&str, &mut Param) -> Result<()>,
+    ) -> Result<()> {
+        self.input_layernorm
+            .for_each_param_mut(&format!("{name}.input_layernorm"), f)?;
+        self.attention
+            .query_key_value
+            .for_each_param_mut(&format!("{name}.attention.query_key_value"), f)?;
+        self.attention
+            .dense
+            .for_each_param_mut(&format!("{name}.attention.dense"), f)?;
+        self.post_attention_layernorm
+            .for_each_param_mut(&format!("{name}.post_attention_layernorm"), f)?;
+        self.mlp
+            .dense_h_to_4h
+            .for_each_param_mut(&format!("{name}.mlp.dense_h_to_4h"), f)?;
+        self.mlp
+            .dense_4h_to_h
+            .for_each_param_mut(&format!("{name}.mlp.dense_4h_to_h"), f)
+    }
+}
+
+impl BlockActivations {
+    /// The activations in the order they were computed, named after the module that made them.
+    pub fn named(&self) -> [(&'static str, &Tensor); 7] {
+        [
+            ("input_layernorm", &self.input_layernorm.y),
+            ("attention.query_key_value", &self.attention.qkv),
+            ("attention.context", &self.attention.context),
+            ("attention.dense", &self.y),
+            ("post_attention_layernorm", &self.post_attention_layernorm.y),
+            ("mlp.dense_h_to_4h", &self.mlp.inner),
+            ("mlp.gelu", &self.mlp.active),
+        ]
+    }
+}
+
+/// Tables for [`crate::ops::rope`]: for each of `count` positions the cosines, then the sines, of
+/// `position * inv_freq_i` with `inv_freq_i = fp16(10000^(-2i / r))`, `i < r / 2`, `r = head_dim / 2`.
+///
+/// Rounding the frequencies to fp16 is part of the official model in every precision; the angle is computed in f32.
+pub fn rope_tables(dtype: DType, head_dim: usize, count: usize) -> Tensor {
+    let r = head_dim / 2;
+    let mut table = Vec::with_capacity(count * r);
+    for position in 0..count {
+        let angles = (0..r / 2).map(|i| {
+            let exponent = (2 * i) as f32 / r as f32;
+            let inv_freq = half::f16::from_f32(1.0 / 10_000f32.powf(exponent)).to_f32();
+            f64::from(position as f32 * inv_freq)
+        });
+        let angles: Vec<f64> = angles.collect();
+        table.extend(angles.iter().map(|a| a.cos() as f32));
+        table.extend(angles.iter().map(|a| a.sin() as f32));
+    }
+    Tensor::from_slice(&table, [count, r]).to_dtype(dtype)
+}
+
+/// Checks that a batch's spans fit its length, once, before any layer sees them.
+pub(crate) fn spans_fit(spans: &[Span], len: usize) -> bool {
+    spans.iter().all(|s| s.start <= len && s.context <= len)
+}

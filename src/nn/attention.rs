@@ -1,0 +1,164 @@
+//! Self-attention with the prefix mask and 2-D rotary positions.
+
+use super::{Linear, LinearActivations, Scratch};
+use crate::data::batch::Span;
+use crate::error::Result;
+use crate::ops;
+use crate::rng::Stream;
+use crate::tensor::{DType, Tensor};
+
+/// `dense(attention(rope(query_key_value(x))))`; rows of the qkv weight are interleaved per head: q, k, v of head 0, then
+/// of head 1, ...
+#[derive(Debug, Clone)]
+pub struct Attention {
+    /// `[3 hidden, hidden]`.
+    pub query_key_value: Linear,
+    /// `[hidden, hidden]`.
+    pub dense: Linear,
+    /// Heads.
+    pub heads: usize,
+}
+
+/// What attention keeps for its backward pass.
+#[derive(Debug)]
+pub struct AttentionActivations {
+    /// Rotated q, unscaled rotated k, v: `[rows, heads * 3 d]`.
+    pub qkv: Tensor,
+    /// The heads' outputs `[rows, hidden]`.
+    pub context: Tensor,
+    /// `ln Σ exp` of every query, `[B heads, S]`.
+    pub log_sum_exp: Tensor,
+    /// Of the two linears.
+    pub linear: [LinearActivations; 2],
+}
+
+/// Where the keys come from.
+#[derive(Debug)]
+pub enum Keys<'a> {
+    /// The rows themselves: training, evaluation.
+    Own,
+    /// A cache that the rows are appended to: generation.
+    Cache {
+        /// `[B, capacity, hidden]`.
+        keys: &'a mut Tensor,
+        /// `[B, capacity, hidden]`.
+        values: &'a mut Tensor,
+        /// Positions held so far.
+        past: usize,
+    },
+}
+
+/// What every layer needs to know of the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Geometry<'a> {
+    /// Visibility of each sequence.
+    pub spans: &'a [Span],
+    /// `[rows, 2]`, I32.
+    pub positions: &'a Tensor,
+    /// Cosines and sines by position.
+    pub tables: &'a Tensor,
+}
+
+impl Attention {
+    /// Activations for up to `rows` rows.
+    pub fn activations(&self, dtype: DType, rows: usize) -> AttentionActivations {
+        let (wide, hidden) = self.query_key_value.extents();
+        AttentionActivations {
+            qkv: Tensor::zeros(dtype, [rows, wide]),
+            context: Tensor::zeros(dtype, [rows, hidden]),
+            log_sum_exp: Tensor::zeros(dtype, [rows * self.heads]),
+            linear: [
+                self.query_key_value.activations(dtype, rows),
+                self.dense.activations(dtype, rows),
+            ],
+        }
+    }
+
+    /// `y = dense(…) + alpha * x`.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        alpha: f64,
+        geometry: Geometry<'_>,
+        keys: Keys<'_>,
+        dropout: [Option<Stream>; 2],
+        activations: &mut AttentionActivations,
+        scratch: &mut Scratch,
+        y: &mut Tensor,
+    ) -> Result<()> {
+        let AttentionActivations {
+            qkv,
+            context,
+            log_sum_exp,
+            linear: [qkv_linear, dense_linear],
+        } = activations;
+        let rows = x.extent(0);
+        let (wide, hidden) = self.query_key_value.extents();
+        qkv.resize([rows, wide])?;
+        context.resize([rows, hidden])?;
+        log_sum_exp.resize([rows * self.heads])?;
+        self.query_key_value
+            .forward(x, None, dropout[0], qkv_linear, scratch, qkv)?;
+        ops::rope(qkv, geometry.positions, geometry.tables, self.heads, false)?;
+        match keys {
+            Keys::Own => ops::attention(qkv, geometry.spans, self.heads, context, log_sum_exp)?,
+            Keys::Cache { keys, values, past } => {
+                let cache = (keys, values);
+                ops::attention_cached(qkv, cache, past, geometry.spans, self.heads, context, log_sum_exp)?;
+            }
+        }
+        self.dense
+            .forward(context, Some((alpha, x)), dropout[1], dense_linear, scratch, y)
+    }
+
+    /// From `dy`: adds the parameters' gradients and writes `dx = … + alpha * dy` if asked for.
+    ///
+    /// `d_context [rows, hidden]` and `dqkv [rows, 3 hidden]` are scratch.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn backward(
+        &mut self,
+        x: &Tensor,
+        dy: &Tensor,
+        alpha: f64,
+        geometry: Geometry<'_>,
+        dropout: [Option<Stream>; 2],
+        activations: &AttentionActivations,
+        (scratch, d_context, dqkv): (&mut Scratch, &mut Tensor, &mut Tensor),
+        dx: Option<&mut Tensor>,
+    ) -> Result<()> {
+        let AttentionActivations {
+            qkv,
+            context,
+            log_sum_exp,
+            linear,
+        } = activations;
+        d_context.resize(context.shape())?;
+        dqkv.resize(qkv.shape())?;
+        self.dense.backward(
+            context,
+            dy,
+            None,
+            dropout[1],
+            &linear[1],
+            scratch,
+            Some(d_context),
+        )?;
+        ops::attention_backward(
+            d_context,
+            qkv,
+            context,
+            log_sum_exp,
+            geometry.spans,
+            self.heads,
+            dqkv,
+        )?;
+        ops::rope(dqkv, geometry.positions, geometry.tables, self.heads, true)?;
+        self.query_key_value
+            .backward(x, dqkv, Some((alpha, dy)), dropout[0], &linear[0], scratch, dx)
+    }
+}

@@ -1,0 +1,104 @@
+//! The feed-forward layer.
+
+use super::{Linear, LinearActivations, Scratch};
+use crate::error::Result;
+use crate::ops;
+use crate::rng::Stream;
+use crate::tensor::{DType, Tensor};
+
+/// `dense_4h_to_h(gelu(dense_h_to_4h(x)))`.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    /// `[inner, hidden]`.
+    pub dense_h_to_4h: Linear,
+    /// `[hidden, inner]`.
+    pub dense_4h_to_h: Linear,
+}
+
+/// What the feed-forward layer keeps for its backward pass.
+#[derive(Debug)]
+pub struct MlpActivations {
+    /// Before the activation, `[rows, inner]`.
+    pub inner: Tensor,
+    /// After it, `[rows, inner]`.
+    pub active: Tensor,
+    /// Of the two linears.
+    pub linear: [LinearActivations; 2],
+}
+
+impl Mlp {
+    /// Activations for up to `rows` rows.
+    pub fn activations(&self, dtype: DType, rows: usize) -> MlpActivations {
+        let (inner, _) = self.dense_h_to_4h.extents();
+        MlpActivations {
+            inner: Tensor::zeros(dtype, [rows, inner]),
+            active: Tensor::zeros(dtype, [rows, inner]),
+            linear: [
+                self.dense_h_to_4h.activations(dtype, rows),
+                self.dense_4h_to_h.activations(dtype, rows),
+            ],
+        }
+    }
+
+    /// `y = mlp(x) + alpha * x`.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        alpha: f64,
+        dropout: [Option<Stream>; 2],
+        activations: &mut MlpActivations,
+        scratch: &mut Scratch,
+        y: &mut Tensor,
+    ) -> Result<()> {
+        let MlpActivations {
+            inner,
+            active,
+            linear: [up, down],
+        } = activations;
+        let (width, _) = self.dense_h_to_4h.extents();
+        inner.resize([x.extent(0), width])?;
+        active.resize([x.extent(0), width])?;
+        self.dense_h_to_4h
+            .forward(x, None, dropout[0], up, scratch, inner)?;
+        ops::gelu(inner, active)?;
+        self.dense_4h_to_h
+            .forward(active, Some((alpha, x)), dropout[1], down, scratch, y)
+    }
+
+    /// From `dy`: adds the parameters' gradients and writes `dx = … + alpha * dy`. `d_inner [rows, inner]` is scratch.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn backward(
+        &mut self,
+        x: &Tensor,
+        dy: &Tensor,
+        alpha: f64,
+        dropout: [Option<Stream>; 2],
+        activations: &MlpActivations,
+        (scratch, d_inner): (&mut Scratch, &mut Tensor),
+        dx: &mut Tensor,
+    ) -> Result<()> {
+        let MlpActivations {
+            inner,
+            active,
+            linear,
+        } = activations;
+        d_inner.resize(inner.shape())?;
+        self.dense_4h_to_h
+            .backward(active, dy, None, dropout[1], &linear[1], scratch, Some(d_inner))?;
+        ops::gelu_backward(inner, d_inner)?;
+        self.dense_h_to_4h.backward(
+            x,
+            d_inner,
+            Some((alpha, dy)),
+            dropout[0],
+            &linear[0],
+            scratch,
+            Some(dx),
+        )
+    }
+}

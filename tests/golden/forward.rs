@@ -1,0 +1,283 @@
+//! Hidden states, inner activations, logits and losses of every forward case of the set.
+
+use std::path::Path;
+
+use glmtune::checkpoint::Checkpoint;
+use glmtune::data::batch::{Batch, Span};
+use glmtune::model::{LoadOptions, Model, Workspace, glm};
+use glmtune::ops;
+use glmtune::tensor::{DType, Tensor};
+
+use crate::common::{Tensors, assert_close, golden, read_safetensors, tolerance};
+
+/// Opens a checkpoint folder of the set.
+pub fn load(relative: &str, options: &LoadOptions) -> Option<Model> {
+    let dir = golden(relative)?;
+    Some(Model::load(&Checkpoint::open(&dir).unwrap(), options).unwrap())
+}
+
+/// The batch of a golden file: ids, labels and positions as stored, spans read off the attention mask.
+pub fn batch(tensors: &Tensors) -> Batch {
+    let ids = &tensors["input_ids"];
+    let (size, len) = ids.shape().rows_and_columns();
+    let narrow = |t: &Tensor| t.as_slice::<i64>().iter().map(|&x| x as i32).collect::<Vec<_>>();
+    let stored = narrow(&tensors["position_ids"]);
+    let positions = (0..size * len)
+        .flat_map(|row| {
+            let (b, t) = (row / len, row % len);
+            [stored[2 * b * len + t], stored[(2 * b + 1) * len + t]]
+        })
+        .collect();
+    let blocked = tensors["attention_mask"].as_slice::<u8>();
+    let spans = (0..size)
+        .map(|b| {
+            let row = |i: usize| &blocked[(b * len + i) * len..][..len];
+            let start = (0..len).find(|&i| row(i)[i] == 0).unwrap_or(len);
+            let context = if start == len {
+                len
+            } else {
+                row(start).iter().rposition(|&x| x == 0).map_or(0, |j| j + 1)
+            };
+            for i in 0..len {
+                for (j, &cell) in row(i).iter().enumerate() {
+                    let visible = i >= start && j >= start && (j < context || j <= i);
+                    assert_eq!(
+                        cell == 0,
+                        visible,
+                        "the mask is not of prefix form at [{b}, {i}, {j}]"
+                    );
+                }
+            }
+            Span { start, context }
+        })
+        .collect();
+    Batch {
+        size,
+        len,
+        ids: narrow(ids),
+        labels: narrow(&tensors["labels"]),
+        positions,
+        spans,
+    }
+}
+
+/// A golden activation `[S, B, …]` as rows `[B S, …]`.
+fn batch_first(tensor: &Tensor, size: usize) -> Vec<f64> {
+    let values = tensor.to_f64_vec();
+    let len = tensor.extent(0);
+    let width = values.len() / (len * size);
+    let row = |b: usize, t: usize| &values[(t * size + b) * width..][..width];
+    (0..size)
+        .flat_map(|b| (0..len).flat_map(move |t| row(b, t).iter().copied()))
+        .collect()
+}
+
+fn minus_scaled(x: &Tensor, alpha: f64, y: &Tensor) -> Vec<f64> {
+    x.to_f64_vec()
+        .iter()
+        .zip(y.to_f64_vec())
+        .map(|(x, y)| x - alpha * y)
+        .collect()
+}
+
+struct Case<'a> {
+    name: &'a str,
+    tensors: &'a Tensors,
+    tolerance: serde_json::Value,
+}
+
+impl Case<'_> {
+    fn check(&self, kind: &str, what: &str, got: &[f64], want: &[f64]) {
+        let t = &self.tolerance[kind];
+        let (atol, rtol) = (
+            t["atol"].as_f64().expect("atol"),
+            t["rtol"].as_f64().unwrap_or(0.0),
+        );
+        assert_close(&format!("{}: {what}", self.name), got, want, atol, rtol);
+    }
+
+    fn check_activations(&self, model: &Model, ws: &Workspace, size: usize) {
+        let config = model.config();
+        for layer in 0..=config.num_layers {
+            let Some(want) = self.tensors.get(&format!("hidden_states.{layer}")) else {
+                continue;
+            };
+            let got = if layer == config.num_layers {
+                ws.final_hidden()
+            } else {
+                ws.hidden(layer)
+            };
+            self.check(
+                "hidden_states",
+                &format!("hidden state {layer}"),
+                &got.to_f64_vec(),
+                &batch_first(want, size),
+            );
+        }
+        for layer in 0..config.num_layers {
+            let block = ws.block(layer);
+            let mut qkv = block.attention.qkv.clone();
+            let positions = Tensor::from_slice(&batch(self.tensors).positions, [qkv.extent(0), 2]);
+            let tables = glm::rope_tables(DType::F32, config.head_dim(), config.max_sequence_length);
+            ops::rope(&mut qkv, &positions, &tables, config.num_attention_heads, true).unwrap();
+            let (a, b) = (&block.input_layernorm.y, &block.post_attention_layernorm.y);
+            let parts = [
+                ("input_layernorm", a.to_f64_vec()),
+                ("query_key_value", qkv.to_f64_vec()),
+                ("attention_context", block.attention.context.to_f64_vec()),
+                ("attention_dense", minus_scaled(&block.y, glm::ALPHA, a)),
+                ("post_attention_layernorm", b.to_f64_vec()),
+                ("dense_h_to_4h", block.mlp.inner.to_f64_vec()),
+                ("mlp_out", minus_scaled(ws.hidden(layer + 1), glm::ALPHA, b)),
+                ("block_out", ws.hidden(layer + 1).to_f64_vec()),
+            ];
+            for (part, got) in parts {
+                let name = format!("act.layers.{layer}.{part}");
+                let Some(want) = self.tensors.get(&name) else {
+                    continue;
+                };
+                self.check("act", &name, &got, &batch_first(want, size));
+            }
+            self.check_present(layer, config.head_dim(), &block.attention.qkv, size);
+        }
+    }
+
+    /// Rotated keys and values, as the official cache holds them: `[S, B, heads, d]`.
+    fn check_present(&self, layer: usize, d: usize, qkv: &Tensor, size: usize) {
+        for (part, name) in [(1, "key"), (2, "value")] {
+            let name = format!("present.{layer}.{name}");
+            let Some(want) = self.tensors.get(&name) else {
+                continue;
+            };
+            let got: Vec<f64> = qkv
+                .to_f64_vec()
+                .chunks_exact(3 * d)
+                .flat_map(|head| head[part * d..][..d].to_vec())
+                .collect();
+            self.check("present", &name, &got, &batch_first(want, size));
+        }
+    }
+}
+
+/// `-ln softmax(logits)[label]` of every target, 0 elsewhere: `[B, S - 1]`.
+fn token_losses(logits: &[f64], vocabulary: usize, batch: &Batch) -> Vec<f64> {
+    let mut losses = Vec::new();
+    for b in 0..batch.size {
+        for t in 0..batch.len - 1 {
+            let label = batch.labels[b * batch.len + t + 1];
+            let row = &logits[(b * batch.len + t) * vocabulary..][..vocabulary];
+            let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let lse = top + row.iter().map(|x| (x - top).exp()).sum::<f64>().ln();
+            losses.push(if label < 0 { 0.0 } else { lse - row[label as usize] });
+        }
+    }
+    losses
+}
+
+fn check_file(path: &Path) -> bool {
+    let name = path.file_stem().and_then(|s| s.to_str()).expect("UTF-8 name");
+    let tensors = read_safetensors(path);
+    if !tensors.contains_key("input_ids") {
+        return false;
+    }
+    if name.starts_with("prefix") {
+        eprintln!("SKIPPED: forward/{name}: P-Tuning prefixes are not built yet");
+        return false;
+    }
+    let untied = name.starts_with("untied");
+    let checkpoint = if untied {
+        "chatglm_v1/checkpoint_untied_fp16_safetensors"
+    } else {
+        "chatglm_v1/checkpoint_fp16_bin"
+    };
+    let Some(model) = load(checkpoint, &LoadOptions::default()) else {
+        return false;
+    };
+    let case = Case {
+        name,
+        tensors: &tensors,
+        tolerance: tolerance(&format!("chatglm_v1/forward/{name}.safetensors")),
+    };
+
+    let batch = batch(&tensors);
+    let mut ws = model.workspace(batch.size, batch.len).unwrap();
+    let loss = model.loss(&mut ws, &batch).unwrap();
+    case.check_activations(&model, &ws, batch.size);
+    case.check("loss", "loss", &[loss.mean()], &tensors["loss"].to_f64_vec());
+
+    let vocabulary = model.config().vocab_size;
+    let logits = model.logits(&ws).unwrap().to_f64_vec();
+    let want = tensors["logits"].to_f64_vec();
+    let rows: Vec<usize> = match tensors.get("logits_rows") {
+        Some(rows) => rows.as_slice::<i64>().iter().map(|&r| r as usize).collect(),
+        None => (0..batch.len).collect(),
+    };
+    let got: Vec<f64> = (0..batch.size)
+        .flat_map(|b| rows.iter().map(move |t| b * batch.len + t))
+        .flat_map(|row| logits[row * vocabulary..][..vocabulary].to_vec())
+        .collect();
+    case.check("logits", "logits", &got, &want);
+    if let Some(want) = tensors.get("token_nll") {
+        case.check(
+            "token_nll",
+            "token losses",
+            &token_losses(&logits, vocabulary, &batch),
+            &want.to_f64_vec(),
+        );
+    }
+    true
+}
+
+#[test]
+fn every_forward_case_is_the_official_model() {
+    let Some(dir) = golden("chatglm_v1/forward") else {
+        return;
+    };
+    let mut paths: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
+    paths.sort();
+    let checked = paths
+        .iter()
+        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+        .filter(|p| check_file(p))
+        .count();
+    assert!(checked > 0, "the set has no forward case");
+}
+
+#[test]
+fn rope_tables_are_the_official_ones() {
+    let Some(path) = golden("chatglm_v1/forward/rope_tables.safetensors") else {
+        return;
+    };
+    let tensors = read_safetensors(&path);
+    let positions: Vec<usize> = tensors["positions"]
+        .as_slice::<i64>()
+        .iter()
+        .map(|&p| p as usize)
+        .collect();
+    let count = positions.iter().max().unwrap() + 1;
+    let atol = tolerance("chatglm_v1/forward/rope_tables.safetensors")["fp32"]["atol"]
+        .as_f64()
+        .unwrap();
+    let mut checked = 0;
+    for (name, cos) in tensors
+        .iter()
+        .filter(|(name, _)| name.starts_with("cos.fp32.dim"))
+    {
+        let r: usize = name["cos.fp32.dim".len()..].parse().unwrap();
+        let tables = glm::rope_tables(DType::F32, 2 * r, count).to_f64_vec();
+        let sin = tensors[&name.replace("cos", "sin")].to_f64_vec();
+        for (want, offset) in [(cos.to_f64_vec(), 0), (sin, r / 2)] {
+            // The official tables repeat the r/2 angles twice.
+            let got: Vec<f64> = positions
+                .iter()
+                .flat_map(|p| tables[p * r + offset..][..r / 2].repeat(2))
+                .collect();
+            assert_close(name, &got, &want, atol, 0.0);
+        }
+        checked += 1;
+    }
+    assert!(checked > 0);
+}

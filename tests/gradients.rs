@@ -1,0 +1,441 @@
+//! Is the backward pass the derivative? Central differences in f64, for every operation and for whole toy models.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use common::assert_close;
+use glmtune::data::batch::{Batch, IGNORE, Span};
+use glmtune::model::tune::{self, LoraTarget, Tuning};
+use glmtune::model::{LoadOptions, Model, ModelConfig, Weights};
+use glmtune::ops::{self, WeightRef};
+use glmtune::quant::QuantType;
+use glmtune::rng::Stream;
+use glmtune::tensor::{DType, Shape, Tensor};
+
+/// Half the distance between the two points of a central difference; its error is of the order of the square.
+const H: f64 = 1e-5;
+
+fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
+    let shape = shape.into();
+    let stream = Stream::new(seed, 99);
+    let values: Vec<f64> = (0..shape.elements() as u64)
+        .map(|i| f64::from(stream.normal(i)))
+        .collect();
+    Tensor::from_slice(&values, shape)
+}
+
+fn dot(a: &Tensor, b: &Tensor) -> f64 {
+    a.as_slice::<f64>()
+        .iter()
+        .zip(b.as_slice::<f64>())
+        .map(|(a, b)| a * b)
+        .sum()
+}
+
+/// The gradient of `f` at `x`, one element after the other.
+fn numerical(x: &Tensor, mut f: impl FnMut(&Tensor) -> f64) -> Vec<f64> {
+    let mut x = x.clone();
+    (0..x.elements())
+        .map(|i| {
+            let center = x.as_slice::<f64>()[i];
+            let mut at = |value: f64| {
+                x.as_mut_slice::<f64>()[i] = value;
+                let y = f(&x);
+                x.as_mut_slice::<f64>()[i] = center;
+                y
+            };
+            (at(center + H) - at(center - H)) / (2.0 * H)
+        })
+        .collect()
+}
+
+#[track_caller]
+fn check(what: &str, analytic: &Tensor, numerical: &[f64]) {
+    let size = numerical.iter().map(|x| x.abs()).fold(1.0, f64::max);
+    assert_close(what, analytic.as_slice::<f64>(), numerical, 1e-8 * size, 1e-6);
+}
+
+fn zeros(shape: impl Into<Shape>) -> Tensor {
+    Tensor::zeros(DType::F64, shape)
+}
+
+#[test]
+fn linear_and_matmul() {
+    for (m, n, k) in [(1, 3, 5), (7, 6, 4), (9, 70, 66)] {
+        let (x, w, b, r, dy) = (
+            random(1, [m, k]),
+            random(2, [n, k]),
+            random(3, [n]),
+            random(4, [m, n]),
+            random(5, [m, n]),
+        );
+        let forward = |x: &Tensor, w: &Tensor, b: &Tensor, r: &Tensor| {
+            let mut y = zeros([m, n]);
+            ops::linear(x, WeightRef::Dense(w), Some(b), Some((1.5, r)), &mut y).unwrap();
+            dot(&y, &dy)
+        };
+        let residual = random(6, [m, k]);
+        let mut dx = zeros([m, k]);
+        ops::linear_backward_input(&dy, WeightRef::Dense(&w), Some((2.0, &residual)), &mut dx).unwrap();
+        for (dx, r) in dx
+            .as_mut_slice::<f64>()
+            .iter_mut()
+            .zip(residual.as_slice::<f64>())
+        {
+            *dx -= 2.0 * r;
+        }
+        check("dx", &dx, &numerical(&x, |x| forward(x, &w, &b, &r)));
+        // Parameter gradients are added to what is there.
+        let (mut dw, mut db) = (random(7, [n, k]), random(8, [n]));
+        let (dw0, db0) = (dw.clone(), db.clone());
+        ops::matmul(1.0, (&dy, true), (&x, false), 1.0, &mut dw).unwrap();
+        ops::accumulate_column_sums(&dy, &mut db).unwrap();
+        for (d, d0) in [(&mut dw, &dw0), (&mut db, &db0)] {
+            for (d, d0) in d.as_mut_slice::<f64>().iter_mut().zip(d0.as_slice::<f64>()) {
+                *d -= d0;
+            }
+        }
+        check("dw", &dw, &numerical(&w, |w| forward(&x, w, &b, &r)));
+        check("db", &db, &numerical(&b, |b| forward(&x, &w, b, &r)));
+    }
+}
+
+#[test]
+fn layer_norm() {
+    let (m, n) = (5, 19);
+    let (x, w, b, dy) = (
+        random(1, [m, n]),
+        random(2, [n]),
+        random(3, [n]),
+        random(4, [m, n]),
+    );
+    let forward = |x: &Tensor, w: &Tensor, b: &Tensor| {
+        let (mut y, mut stats) = (zeros([m, n]), zeros([m, 2]));
+        ops::layer_norm(x, w, b, 1e-5, &mut y, &mut stats).unwrap();
+        (dot(&y, &dy), stats)
+    };
+    let (_, stats) = forward(&x, &w, &b);
+    let (mut dx, mut dw, mut db) = (zeros([m, n]), zeros([n]), zeros([n]));
+    ops::layer_norm_backward_input(&dy, &x, &w, &stats, &mut dx).unwrap();
+    ops::layer_norm_backward_parameters(&dy, &x, &stats, &mut dw, &mut db).unwrap();
+    check("dx", &dx, &numerical(&x, |x| forward(x, &w, &b).0));
+    check("dw", &dw, &numerical(&w, |w| forward(&x, w, &b).0));
+    check("db", &db, &numerical(&b, |b| forward(&x, &w, b).0));
+}
+
+#[test]
+fn gelu() {
+    let (x, dy) = (random(1, [3, 41]), random(2, [3, 41]));
+    let mut d = dy.clone();
+    ops::gelu_backward(&x, &mut d).unwrap();
+    let forward = |x: &Tensor| {
+        let mut y = zeros([3, 41]);
+        ops::gelu(x, &mut y).unwrap();
+        dot(&y, &dy)
+    };
+    check("dx", &d, &numerical(&x, forward));
+}
+
+#[test]
+fn rope() {
+    let (heads, d, m) = (2, 8, 5);
+    let tables = glmtune::model::glm::rope_tables(DType::F64, d, 7);
+    let positions = Tensor::from_slice(&[0i32, 0, 1, 0, 2, 1, 6, 2, 3, 5], [m, 2]);
+    let (x, dy) = (random(1, [m, heads * 3 * d]), random(2, [m, heads * 3 * d]));
+    let forward = |x: &Tensor| {
+        let mut y = x.clone();
+        ops::rope(&mut y, &positions, &tables, heads, false).unwrap();
+        dot(&y, &dy)
+    };
+    let mut dx = dy.clone();
+    ops::rope(&mut dx, &positions, &tables, heads, true).unwrap();
+    check("dx", &dx, &numerical(&x, forward));
+}
+
+#[test]
+fn attention() {
+    let (heads, d) = (2, 4);
+    let cases: [(usize, Vec<Span>); 3] = [
+        (
+            6,
+            vec![Span { start: 0, context: 3 }, Span { start: 2, context: 4 }],
+        ),
+        (
+            5,
+            vec![Span { start: 0, context: 0 }, Span { start: 5, context: 5 }],
+        ),
+        (67, vec![Span { start: 1, context: 9 }]),
+    ];
+    for (s, spans) in cases {
+        let rows = s * spans.len();
+        let (qkv, d_context) = (random(1, [rows, heads * 3 * d]), random(2, [rows, heads * d]));
+        let forward = |qkv: &Tensor| {
+            let (mut context, mut lse) = (zeros([rows, heads * d]), zeros([rows * heads]));
+            ops::attention(qkv, &spans, heads, &mut context, &mut lse).unwrap();
+            (dot(&context, &d_context), context, lse)
+        };
+        let (_, context, lse) = forward(&qkv);
+        let mut dqkv = Tensor::from_slice(&vec![f64::NAN; qkv.elements()], qkv.shape());
+        ops::attention_backward(&d_context, &qkv, &context, &lse, &spans, heads, &mut dqkv).unwrap();
+        check("dqkv", &dqkv, &numerical(&qkv, |qkv| forward(qkv).0));
+    }
+}
+
+#[test]
+fn embedding_and_rows() {
+    let ids = Tensor::from_slice(&[2i32, 0, 2, 4], [4]);
+    let (w, dy) = (random(1, [5, 3]), random(2, [4, 3]));
+    let mut dw = zeros([5, 3]);
+    ops::embedding_backward(&dy, &ids, &mut dw).unwrap();
+    let forward = |w: &Tensor| {
+        let mut y = zeros([4, 3]);
+        ops::embedding(w, &ids, &mut y).unwrap();
+        dot(&y, &dy)
+    };
+    check("dw", &dw, &numerical(&w, forward));
+
+    let rows = Tensor::from_slice(&[3i32, 1], [2]);
+    let (x, dy) = (random(3, [5, 3]), random(4, [2, 3]));
+    let mut dx = Tensor::from_slice(&[f64::NAN; 15], [5, 3]);
+    ops::scatter_rows(&dy, &rows, &mut dx).unwrap();
+    let forward = |x: &Tensor| {
+        let mut y = zeros([2, 3]);
+        ops::gather_rows(x, &rows, &mut y).unwrap();
+        dot(&y, &dy)
+    };
+    check("dx", &dx, &numerical(&x, forward));
+}
+
+#[test]
+fn head_loss_in_one_chunk_and_in_many() {
+    let (rows, v, k) = (4, 23, 6);
+    let targets = Tensor::from_slice(&[0i32, 22, 7, 7], [rows]);
+    let (x, w) = (random(1, [rows, k]), random(2, [v, k]));
+    let scale = 0.37;
+    for capacity in [rows * v, rows * 5, rows] {
+        let forward = |x: &Tensor, w: &Tensor| {
+            let (mut logits, mut statistics) = (zeros([capacity]), zeros([rows, ops::STATISTICS]));
+            let loss =
+                ops::head_loss(x, WeightRef::Dense(w), &targets, &mut logits, &mut statistics).unwrap();
+            (scale * loss, logits, statistics)
+        };
+        let (_, mut logits, statistics) = forward(&x, &w);
+        let (mut dx, mut dw) = (Tensor::from_slice(&[f64::NAN; 24], [rows, k]), zeros([v, k]));
+        let buffers = (&mut logits, &statistics);
+        ops::head_loss_backward(
+            &x,
+            WeightRef::Dense(&w),
+            &targets,
+            scale,
+            buffers,
+            &mut dx,
+            Some(&mut dw),
+        )
+        .unwrap();
+        check("dx", &dx, &numerical(&x, |x| forward(x, &w).0));
+        check("dw", &dw, &numerical(&w, |w| forward(&x, w).0));
+    }
+}
+
+#[test]
+fn dropout() {
+    let (x, dy) = (random(1, [3, 50]), random(2, [3, 50]));
+    let stream = Stream::new(5, 6);
+    let forward = |x: &Tensor| {
+        let mut y = zeros([3, 50]);
+        ops::dropout(x, 0.4, stream, &mut y).unwrap();
+        dot(&y, &dy)
+    };
+    let mut dx = zeros([3, 50]);
+    ops::accumulate_dropout(&dy, 0.4, stream, &mut dx).unwrap();
+    check("dx", &dx, &numerical(&x, forward));
+    let dropped = dx.as_slice::<f64>().iter().filter(|&&d| d == 0.0).count();
+    assert!((30..90).contains(&dropped), "{dropped} of 150 dropped at p = 0.4");
+}
+
+fn toy() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 40,
+        hidden_size: 16,
+        inner_hidden_size: 24,
+        num_layers: 2,
+        num_attention_heads: 2,
+        max_sequence_length: 32,
+        pad_token_id: 3,
+        mask_token_id: 24,
+        gmask_token_id: 25,
+        bos_token_id: 28,
+        eos_token_id: 29,
+        ..ModelConfig::chatglm_6b()
+    }
+}
+
+/// One left-padded and one right-padded sequence.
+fn toy_batch() -> Batch {
+    let (size, len) = (2, 7);
+    let ids: Vec<i32> = (0..size * len).map(|i| (i * 11 % 40) as i32).collect();
+    let mut labels = vec![IGNORE; size * len];
+    labels[4..7].copy_from_slice(&ids[4..7]);
+    labels[len + 2..len + 6].copy_from_slice(&ids[len + 2..len + 6]);
+    let positions = [[0, 0], [0, 0], [0, 0], [1, 0], [1, 1], [1, 2], [1, 3]]
+        .into_iter()
+        .chain([[0, 0], [1, 0], [1, 1], [1, 2], [1, 3], [1, 4], [1, 5]])
+        .flatten()
+        .collect();
+    Batch {
+        size,
+        len,
+        ids,
+        labels,
+        positions,
+        spans: vec![Span { start: 2, context: 4 }, Span { start: 0, context: 2 }],
+    }
+}
+
+/// Compares the gradient of every trainable parameter (up to 12 of its elements) with central differences.
+fn check_model(mut model: Model) {
+    let batch = toy_batch();
+    let mut ws = model.workspace(batch.size, batch.len).unwrap();
+    // B of a new adapter is 0, which would hide A's gradient.
+    let mut number = 0;
+    model
+        .for_each_param_mut(&mut |_, param| {
+            if param.trains() {
+                number += 1;
+                let noise = random(number, param.value.shape());
+                for (v, n) in param
+                    .value
+                    .as_mut_slice::<f64>()
+                    .iter_mut()
+                    .zip(noise.as_slice::<f64>())
+                {
+                    *v += 0.3 * n;
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    let stream = Stream::new(3, 5);
+    let scale = 0.7;
+    let loss = model.loss_and_gradients(&mut ws, &batch, scale, stream).unwrap();
+    assert_eq!(loss.tokens, batch.supervised());
+    let mut gradients: Vec<(String, Vec<f64>)> = Vec::new();
+    model.for_each_param(&mut |name, param| {
+        if let Some(grad) = &param.grad {
+            gradients.push((name.to_string(), grad.as_slice().to_vec()));
+        }
+    });
+    assert!(!gradients.is_empty());
+    let nudge = |model: &mut Model, name: &str, i: usize, by: f64| {
+        model
+            .for_each_param_mut(&mut |n, param| {
+                if n == name {
+                    param.value.as_mut_slice::<f64>()[i] += by;
+                }
+                Ok(())
+            })
+            .unwrap();
+    };
+    for (name, gradient) in &gradients {
+        let stride = gradient.len().div_ceil(12).max(1);
+        for i in (0..gradient.len()).step_by(stride) {
+            nudge(&mut model, name, i, H);
+            let up = model
+                .loss_and_gradients(&mut ws, &batch, scale, stream)
+                .unwrap()
+                .nll_sum;
+            nudge(&mut model, name, i, -2.0 * H);
+            let down = model
+                .loss_and_gradients(&mut ws, &batch, scale, stream)
+                .unwrap()
+                .nll_sum;
+            nudge(&mut model, name, i, H);
+            let numerical = scale * (up - down) / (2.0 * H);
+            assert_close(
+                &format!("{name}[{i}]"),
+                &gradient[i..=i],
+                &[numerical],
+                2e-8,
+                2e-6,
+            );
+        }
+    }
+}
+
+#[test]
+fn whole_model_every_parameter() {
+    let options = LoadOptions {
+        compute: DType::F64,
+        weights: Weights::AsStored,
+    };
+    let mut model = Model::initialize(&toy(), 1, &options).unwrap();
+    tune::apply(&mut model, &Tuning::Full, 1).unwrap();
+    check_model(model);
+}
+
+#[test]
+fn whole_model_lora_with_dropout_on_dense_and_quantised_weights() {
+    let quantized = Weights::Quantized {
+        quant_type: QuantType::Nf4,
+        double_quant: true,
+    };
+    let all = LoraTarget::ALL.to_vec();
+    let some = vec![LoraTarget::QueryKeyValue, LoraTarget::Dense4HToH];
+    for (weights, targets, dropout, rslora) in [
+        (Weights::AsStored, all.clone(), 0.0, false),
+        (quantized, all, 0.3, false),
+        (quantized, some, 0.2, true),
+    ] {
+        let mut model = Model::initialize(
+            &toy(),
+            1,
+            &LoadOptions {
+                compute: DType::F64,
+                weights,
+            },
+        )
+        .unwrap();
+        tune::apply(
+            &mut model,
+            &Tuning::Lora {
+                r: 3,
+                alpha: 6.0,
+                dropout,
+                rslora,
+                targets,
+            },
+            1,
+        )
+        .unwrap();
+        check_model(model);
+    }
+}
+
+#[test]
+fn a_batch_without_labels_gives_no_gradient() {
+    let options = LoadOptions {
+        compute: DType::F64,
+        weights: Weights::AsStored,
+    };
+    let mut model = Model::initialize(&toy(), 1, &options).unwrap();
+    tune::apply(&mut model, &Tuning::Full, 1).unwrap();
+    let mut batch = toy_batch();
+    batch.labels.fill(IGNORE);
+    let mut ws = model.workspace(batch.size, batch.len).unwrap();
+    let loss = model
+        .loss_and_gradients(&mut ws, &batch, 1.0, Stream::new(0, 0))
+        .unwrap();
+    assert_eq!((loss.nll_sum, loss.tokens), (0.0, 0));
+    model.for_each_param(&mut |name, param| {
+        assert!(
+            param
+                .grad
+                .as_ref()
+                .unwrap()
+                .as_slice::<f64>()
+                .iter()
+                .all(|&g| g == 0.0),
+            "{name}"
+        );
+    });
+}
