@@ -1,0 +1,340 @@
+//! Does it train, and does it go on where it stopped?
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard};
+
+use glmtune::checkpoint::{AdapterConfig, Checkpoint};
+use glmtune::config::LossReduction;
+use glmtune::data::batch::{Batch, IGNORE, Span};
+use glmtune::error::Error;
+use glmtune::model::{LoadOptions, Model, ModelConfig, Weights, tune};
+use glmtune::optim::AdamWConfig;
+use glmtune::quant::QuantType;
+use glmtune::rng::Stream;
+use glmtune::schedule::{Schedule, Scheduler};
+use glmtune::tensor::{DType, allocations};
+use glmtune::train::{Checkpoints, OPTIMIZER, Options, RunState, Trainer};
+
+/// One test at a time: [`allocations`] counts those of the whole process.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A toy checkpoint of the golden set.
+fn checkpoint() -> Option<PathBuf> {
+    let names = [
+        "checkpoint_fp32_safetensors",
+        "checkpoint_fp16_bin",
+        "checkpoint_untied_fp16_safetensors",
+    ];
+    names
+        .iter()
+        .find_map(|name| common::golden(&format!("chatglm_v1/{name}")))
+}
+
+fn options() -> Options {
+    Options {
+        adamw: AdamWConfig {
+            weight_decay: 0.01,
+            ..AdamWConfig::default()
+        },
+        schedule: Schedule {
+            scheduler: Scheduler::Cosine,
+            base: 5e-3,
+            warmup_steps: 2,
+            total_steps: 10,
+        },
+        max_grad_norm: 1.0,
+        reduction: LossReduction::Token,
+        seed: 7,
+    }
+}
+
+const LONGEST: usize = 24;
+const SIZE: usize = 2;
+
+fn model(dropout: f64) -> Option<Model> {
+    let weights = Weights::Quantized {
+        quant_type: QuantType::Nf4,
+        double_quant: true,
+    };
+    let load = LoadOptions {
+        compute: DType::F32,
+        weights,
+    };
+    let mut model = Model::load(&Checkpoint::open(&checkpoint()?).unwrap(), &load).unwrap();
+    let targets = tune::LoraTarget::ALL.to_vec();
+    tune::apply(
+        &mut model,
+        &tune::Tuning::Lora {
+            r: 4,
+            alpha: 8.0,
+            dropout,
+            rslora: false,
+            targets,
+        },
+        3,
+    )
+    .unwrap();
+    Some(model)
+}
+
+fn trainer(dropout: f64, options: Options) -> Option<Trainer> {
+    Some(Trainer::new(model(dropout)?, options, SIZE, LONGEST).unwrap())
+}
+
+fn adapter_config() -> AdapterConfig {
+    AdapterConfig {
+        base_model_name_or_path: None,
+        r: 4,
+        lora_alpha: 8.0,
+        lora_dropout: 0.1,
+        target_modules: tune::LoraTarget::ALL
+            .iter()
+            .map(|t| t.name().to_string())
+            .collect(),
+        use_rslora: false,
+    }
+}
+
+/// Random sequences of the given prompt and answer lengths, padded on the right.
+fn batch(config: &ModelConfig, number: u64, lengths: &[(usize, usize)]) -> Batch {
+    let stream = Stream::new(99, number);
+    // Below every special id, in both generations of the vocabulary.
+    let ordinary = [
+        config.bos_token_id,
+        config.eos_token_id,
+        config.mask_token_id,
+        config.gmask_token_id,
+    ];
+    let ordinary = ordinary.into_iter().min().unwrap().min(config.vocab_size as u32) as usize;
+    let len = lengths
+        .iter()
+        .map(|(prompt, answer)| prompt + answer + 3)
+        .max()
+        .unwrap();
+    let mut batch = Batch {
+        size: lengths.len(),
+        len,
+        ids: vec![],
+        labels: vec![],
+        positions: vec![],
+        spans: vec![],
+    };
+    let mut drawn = 0;
+    for &(prompt, answer) in lengths {
+        let mut token = |_| {
+            drawn += 1;
+            if ordinary > 0 {
+                stream.below(drawn, ordinary) as i32
+            } else {
+                0
+            }
+        };
+        let mut ids: Vec<i32> = (0..prompt).map(&mut token).collect();
+        ids.extend([config.gmask_token_id as i32, config.bos_token_id as i32]);
+        ids.extend((0..answer).map(&mut token));
+        ids.push(config.eos_token_id as i32);
+        let context = prompt + 1;
+        for i in 0..len {
+            let inside = i < ids.len();
+            batch.ids.push(if inside {
+                ids[i]
+            } else {
+                config.pad_token_id as i32
+            });
+            batch
+                .labels
+                .push(if inside && i >= context { ids[i] } else { IGNORE });
+            let (position, block) = if i < context {
+                (i, 0)
+            } else {
+                (context - 1, i - context + 1)
+            };
+            batch.positions.extend([position as i32, block as i32]);
+        }
+        batch.spans.push(Span { start: 0, context });
+    }
+    batch
+}
+
+/// The micro-batches of step `step`: lengths differ from step to step.
+fn micro_batches(config: &ModelConfig, step: u64) -> Vec<Batch> {
+    let n = step as usize;
+    vec![
+        batch(config, 2 * step, &[(5 + n % 4, 9), (3, 4 + n % 5)]),
+        batch(config, 2 * step + 1, &[(8, 3 + n % 7), (4 + n % 3, 10)]),
+    ]
+}
+
+fn adapter_bits(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
+    tune::adapter_tensors(trainer.model())
+        .into_iter()
+        .map(|(n, t)| (n, t.bytes().to_vec()))
+        .collect()
+}
+
+#[test]
+fn the_loss_falls() {
+    let _alone = alone();
+    let Some(mut trainer) = trainer(0.0, options()) else {
+        return;
+    };
+    let batches = micro_batches(trainer.model().config(), 0);
+    let before = trainer.evaluate(&batches).unwrap();
+    for _ in 0..10 {
+        trainer.step(&batches).unwrap();
+    }
+    let after = trainer.evaluate(&batches).unwrap();
+    assert!(after < 0.9 * before, "{before} -> {after}");
+}
+
+#[test]
+fn a_step_allocates_nothing() {
+    let _alone = alone();
+    let Some(mut trainer) = trainer(0.1, options()) else {
+        return;
+    };
+    let config = trainer.model().config().clone();
+    let steps: Vec<_> = (0..4).map(|step| micro_batches(&config, step)).collect();
+    let before = allocations();
+    for batches in &steps {
+        trainer.step(batches).unwrap();
+    }
+    trainer.evaluate(&steps[0]).unwrap();
+    assert_eq!(allocations() - before, 0, "tensors made in 4 steps");
+}
+
+#[test]
+fn a_resumed_run_is_the_uninterrupted_run_to_the_bit() {
+    let _alone = alone();
+    let Some(mut whole) = trainer(0.1, options()) else {
+        return;
+    };
+    let config = whole.model().config().clone();
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::new(dir.path(), 1);
+    let mut losses = Vec::new();
+    for step in 0..8 {
+        losses.push(whole.step(&micro_batches(&config, step)).unwrap());
+        if step == 4 {
+            let state = RunState {
+                step: 5,
+                ..RunState::new(8, String::new(), String::new(), serde_json::Map::new())
+            };
+            checkpoints
+                .save(&state, |dir| {
+                    tune::save_adapter(whole.model(), dir, &adapter_config())?;
+                    whole.optimizer().save(&dir.join(OPTIMIZER))
+                })
+                .unwrap();
+        }
+    }
+    // A new process: the base again, adapter and optimizer from the checkpoint.
+    let (_, place) = checkpoints.list().unwrap().pop().unwrap();
+    let mut base = model(0.0).unwrap();
+    tune::load_adapter(&mut base, &place, true).unwrap();
+    let mut resumed = Trainer::new(base, options(), SIZE, LONGEST).unwrap();
+    resumed.optimizer_mut().load(&place.join(OPTIMIZER)).unwrap();
+    for step in 5..8 {
+        assert_eq!(
+            resumed.step(&micro_batches(&config, step)).unwrap(),
+            losses[step as usize]
+        );
+    }
+    assert!(
+        adapter_bits(&resumed) == adapter_bits(&whole),
+        "the final adapters differ"
+    );
+}
+
+#[test]
+fn the_token_mean_does_not_depend_on_the_cut_into_micro_batches() {
+    let _alone = alone();
+    let Some(mut cut) = trainer(0.0, options()) else {
+        return;
+    };
+    let Some(mut whole) = trainer(0.0, options()) else {
+        return;
+    };
+    let config = cut.model().config().clone();
+    let lengths = [(5, 12), (3, 4)];
+    let parts: Vec<Batch> = {
+        let both = batch(&config, 1, &lengths);
+        (0..2)
+            .map(|b| Batch {
+                size: 1,
+                len: both.len,
+                ids: both.ids[b * both.len..][..both.len].to_vec(),
+                labels: both.labels[b * both.len..][..both.len].to_vec(),
+                positions: both.positions[2 * b * both.len..][..2 * both.len].to_vec(),
+                spans: vec![both.spans[b]],
+            })
+            .collect()
+    };
+    let a = cut.step(&parts).unwrap();
+    let b = whole.step(&[batch(&config, 1, &lengths)]).unwrap();
+    common::assert_close(
+        "loss and norm",
+        &[a.loss, a.grad_norm],
+        &[b.loss, b.grad_norm],
+        0.0,
+        1e-5,
+    );
+
+    let micro = Options {
+        reduction: LossReduction::MicroBatch,
+        ..options()
+    };
+    let mut mean_of_means = trainer(0.0, micro).unwrap();
+    let c = mean_of_means.step(&parts).unwrap();
+    assert!(
+        (c.loss - b.loss).abs() > 1e-4 * b.loss,
+        "answers of 12 and 4 tokens weigh the same: {c:?} {b:?}"
+    );
+}
+
+#[test]
+fn a_value_that_is_no_number_stops_the_run_and_names_its_layer() {
+    let _alone = alone();
+    let Some(mut model) = model(0.0) else { return };
+    let mut poisoned = String::new();
+    model
+        .for_each_param_mut(&mut |name, param| {
+            if name.contains("layers.1.") && name.ends_with("attention.dense.lora_B.weight") {
+                poisoned = name.to_string();
+                param.value.as_mut_slice::<f32>()[0] = f32::NAN;
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(!poisoned.is_empty());
+    let mut trainer = Trainer::new(model, options(), SIZE, LONGEST).unwrap();
+    let batches = micro_batches(trainer.model().config(), 0);
+    let before = adapter_bits(&trainer);
+    let error = trainer.step(&batches).unwrap_err();
+    let Error::NonFinite { step: 1, layer, .. } = &error else {
+        panic!("{error}")
+    };
+    assert!(layer.contains("layers.1"), "{error}");
+    assert_eq!(trainer.steps(), 0);
+    assert!(
+        adapter_bits(&trainer) == before,
+        "a step that failed has changed the adapter"
+    );
+}
+
+#[test]
+fn a_step_without_a_supervised_token_is_an_error() {
+    let _alone = alone();
+    let Some(mut trainer) = trainer(0.0, options()) else {
+        return;
+    };
+    let mut batch = batch(trainer.model().config(), 0, &[(4, 4)]);
+    batch.labels.fill(IGNORE);
+    let message = trainer.step(&[batch]).unwrap_err().to_string();
+    assert!(message.contains("no supervised token"), "{message}");
+}
