@@ -1,0 +1,301 @@
+//! What `chat` and `generate` share: which model, how to sample, how a conversation becomes a prompt that fits.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::quantized::{is_quantized, open_or_quantize};
+use crate::config::{Method, RunConfig};
+use crate::data::template;
+use crate::error::{Error, Result};
+use crate::generate::GenerationConfig;
+use crate::model::{LoadOptions, Model, Weights, tune};
+use crate::quant::QuantType;
+use crate::tensor::DType;
+use crate::tokenizer::Tokenizer;
+use crate::train::{Checkpoints, RunState, of_weights, preparing_weights};
+
+/// How the base weights are held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadIn {
+    /// As the checkpoint stores them.
+    Stored,
+    /// The four linears of every layer in 4 bits, as the adapter was trained on them; otherwise NF4, double quantisation.
+    #[value(name = "4bit")]
+    FourBit,
+}
+
+/// Which model.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// Folder of the base model (Hugging Face layout)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Folder of a trained adapter
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Hold the base weights as stored or in 4 bits [default: as the adapter was trained]
+    #[arg(long, value_name = "HOW")]
+    pub load_in: Option<LoadIn>,
+    /// Keep the 4-bit copy of the base here instead of in its own folder
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+/// How to choose tokens; the defaults are those of the official `model.chat`.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Always take the most probable token
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
+    pub greedy: bool,
+    /// Divides the logits: below 1 bolder about its favourites, above 1 more varied
+    #[arg(long, default_value_t = 0.95)]
+    pub temperature: f64,
+    /// Sample from the k most probable tokens only; 0 switches it off
+    #[arg(long, default_value_t = 50)]
+    pub top_k: usize,
+    /// Sample from the smallest set of tokens with this probability; 1 switches it off
+    #[arg(long, default_value_t = 0.7)]
+    pub top_p: f64,
+    /// Makes tokens of prompt and answer less probable; 1 switches it off
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// Never repeat a sequence of this many tokens; 0 switches it off
+    #[arg(long, default_value_t = 0)]
+    pub no_repeat_ngram_size: usize,
+    /// Most tokens of an answer [default: what --max-length leaves]
+    #[arg(long, value_name = "N")]
+    pub max_new_tokens: Option<usize>,
+    /// Most tokens of prompt and answer together
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub max_length: usize,
+    /// The same seed gives the same answers
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl SamplingArgs {
+    /// The validated settings.
+    ///
+    /// # Errors
+    /// A value out of range, by its flag.
+    pub fn config(&self) -> Result<GenerationConfig> {
+        let config = GenerationConfig {
+            max_new_tokens: self.max_new_tokens,
+            max_length: self.max_length,
+            do_sample: !self.greedy,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            repetition_penalty: self.repetition_penalty,
+            no_repeat_ngram_size: self.no_repeat_ngram_size,
+            seed: self.seed,
+        };
+        config.validate().map_err(|e| Error::Usage(e.to_string()))?;
+        Ok(config)
+    }
+}
+
+/// Opens the tokenizer and the model of `args`, with the adapter if there is one; says on standard error how.
+///
+/// # Errors
+/// Whatever is wrong with a file, and a tokenizer or adapter of another model.
+pub fn load(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
+    let run = match &args.adapter {
+        Some(dir) => TrainedOn::read(dir)?,
+        None => TrainedOn::default(),
+    };
+    let tokenizer = Tokenizer::open(&args.model)?;
+    let load_in = args.load_in.unwrap_or(if run.four_bits {
+        LoadIn::FourBit
+    } else {
+        LoadIn::Stored
+    });
+    if let Some(base) = &run.base {
+        warn_of_another_base(args, base)?;
+    }
+    let (checkpoint, how) = match load_in {
+        LoadIn::Stored => (Checkpoint::open(&args.model)?, "as stored".to_string()),
+        LoadIn::FourBit => {
+            let cache_dir = args.cache_dir.as_deref().or(run.cache_dir.as_deref());
+            let mut say = preparing_weights();
+            let mut progress = |done: u64, total: u64, what: &str| -> Result<()> {
+                say(done, total, what);
+                Ok(())
+            };
+            let (checkpoint, _) = open_or_quantize(
+                &args.model,
+                cache_dir,
+                run.quant_type,
+                run.double_quant,
+                &mut progress,
+            )?;
+            (
+                checkpoint,
+                format!("in 4 bits ({:?})", run.quant_type).to_lowercase(),
+            )
+        }
+    };
+    tokenizer.check(checkpoint.config())?;
+    let mut model = Model::load(
+        &checkpoint,
+        &LoadOptions {
+            compute: DType::F32,
+            weights: Weights::AsStored,
+        },
+    )?;
+    eprintln!("model: {} {how}", args.model.display());
+    if let Some(dir) = &args.adapter {
+        let config = tune::load_adapter(&mut model, dir, false)?;
+        eprintln!(
+            "adapter: {} (r {}, {})",
+            dir.display(),
+            config.r,
+            config.target_modules.join(", ")
+        );
+    }
+    Ok((model, tokenizer))
+}
+
+/// What the `run.toml` beside an adapter says about the base weights it was trained on.
+struct TrainedOn {
+    four_bits: bool,
+    quant_type: QuantType,
+    double_quant: bool,
+    cache_dir: Option<PathBuf>,
+    /// The fingerprint of the base weights, where a checkpoint of the run still tells it.
+    base: Option<String>,
+}
+
+/// Shapes tell an adapter of another size apart, not one of another model of the same size.
+fn warn_of_another_base(args: &ModelArgs, base: &str) -> Result<()> {
+    let checkpoint = Checkpoint::open(&args.model)?;
+    checkpoint.validate()?;
+    if !is_quantized(&checkpoint) && of_weights(&checkpoint)? != base {
+        eprintln!(
+            "warning: the weights in {} are not those that the adapter was trained on: its answers may be useless",
+            args.model.display()
+        );
+    }
+    Ok(())
+}
+
+impl Default for TrainedOn {
+    /// Adapters of other programs have no `run.toml`: weights as stored, and NF4 with double quantisation if asked for.
+    fn default() -> Self {
+        Self {
+            four_bits: false,
+            quant_type: QuantType::Nf4,
+            double_quant: true,
+            cache_dir: None,
+            base: None,
+        }
+    }
+}
+
+impl TrainedOn {
+    fn read(adapter: &Path) -> Result<Self> {
+        // Beside the adapter of a run, or above the `checkpoints` that it is one of.
+        let checkpoints = adapter.parent().filter(|dir| dir.ends_with("checkpoints"));
+        let places = [Some(adapter), checkpoints.and_then(Path::parent)];
+        let mut paths = places.into_iter().flatten().map(|dir| dir.join("run.toml"));
+        let Some(path) = paths.find(|path| path.exists()) else {
+            return Ok(Self::default());
+        };
+        let newest = Checkpoints::new(adapter, 1)
+            .list()
+            .ok()
+            .and_then(|mut all| all.pop());
+        let checkpoint = newest.map_or_else(|| adapter.to_path_buf(), |(_, place)| place);
+        let run = RunConfig::read(&path)?;
+        Ok(Self {
+            four_bits: run.method == Method::Qlora,
+            quant_type: if run.quant_type == "fp4" {
+                QuantType::Fp4
+            } else {
+                QuantType::Nf4
+            },
+            double_quant: !run.no_double_quant,
+            cache_dir: run.cache_dir,
+            // Only for a warning: a state that cannot be read is no reason to stop.
+            base: RunState::read(&checkpoint).ok().map(|state| state.base),
+        })
+    }
+}
+
+/// The prompt ids (with `[gMASK] <sop>`) of a conversation, oldest turns dropped until they leave room for an answer, and how
+/// many turns were dropped.
+///
+/// Room is `max_new_tokens`, or a quarter of `max_length` when that is not given.
+///
+/// # Errors
+/// The query alone does not fit.
+pub fn fit(
+    encode: &dyn Fn(&str) -> Vec<u32>,
+    query: &str,
+    history: &[(String, String)],
+    config: &GenerationConfig,
+) -> Result<(Vec<u32>, usize)> {
+    let answer = config
+        .max_new_tokens
+        .unwrap_or(config.max_length / 4)
+        .min(config.max_length);
+    for dropped in 0..=history.len() {
+        let ids = encode(&template::prompt(query, &history[dropped..]));
+        let room = if dropped == history.len() {
+            config.max_length.saturating_sub(1)
+        } else {
+            config.max_length - answer
+        };
+        if ids.len() <= room {
+            return Ok((ids, dropped));
+        }
+    }
+    let ids = encode(&template::prompt(query, &[])).len();
+    Err(Error::input(
+        "prompt",
+        format!("{ids} tokens"),
+        format!("fewer than --max-length {}", config.max_length),
+        "shorten it or raise --max-length",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_says_on_which_weights_it_was_trained() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!TrainedOn::read(dir.path()).unwrap().four_bits);
+        std::fs::write(
+            dir.path().join("run.toml"),
+            "method = 'qlora'\nquant_type = 'fp4'\nno_double_quant = true\n",
+        )
+        .unwrap();
+        let run = TrainedOn::read(dir.path()).unwrap();
+        assert!(run.four_bits && run.quant_type == QuantType::Fp4 && !run.double_quant);
+        std::fs::write(dir.path().join("run.toml"), "method = 'lora'\n").unwrap();
+        assert!(!TrainedOn::read(dir.path()).unwrap().four_bits);
+        std::fs::write(dir.path().join("run.toml"), "method = ").unwrap();
+        assert!(TrainedOn::read(dir.path()).is_err_and(|e| e.to_string().contains("run.toml")));
+    }
+
+    #[test]
+    fn the_defaults_of_the_flags_are_those_of_the_official_chat() {
+        #[derive(clap::Parser)]
+        struct Flags {
+            #[command(flatten)]
+            sampling: SamplingArgs,
+        }
+        let flags = |args: &[&str]| <Flags as clap::Parser>::try_parse_from([&["x"], args].concat());
+        assert_eq!(
+            flags(&[]).unwrap().sampling.config().unwrap(),
+            GenerationConfig::default()
+        );
+        assert!(!flags(&["--greedy"]).unwrap().sampling.config().unwrap().do_sample);
+        assert!(flags(&["--greedy", "--top-p", "0.5"]).is_err());
+        assert!(flags(&["--top-p", "3"]).unwrap().sampling.config().is_err());
+    }
+}

@@ -1,0 +1,135 @@
+//! The command line: flags in, exit code out. One file per subcommand.
+// Doc comments of flags are help texts: they name special tokens plainly.
+#![allow(rustdoc::invalid_html_tags, rustdoc::broken_intra_doc_links)]
+
+pub mod chat;
+pub mod demo;
+pub mod generate;
+pub mod generation;
+pub mod inspect;
+pub mod quantize;
+pub mod synth;
+pub mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Result};
+
+/// Fine-tune ChatGLM-6B at home: QLoRA and LoRA from checkpoint to chat, in one binary.
+#[derive(Debug, Parser)]
+#[command(
+    name = "glmtune",
+    version,
+    arg_required_else_help = true,
+    propagate_version = true
+)]
+#[command(after_help = "New here? `glmtune demo` trains the built-in tiny model in about a minute.")]
+pub struct Cli {
+    /// CPU threads to use [default: GLMTUNE_THREADS, else every core]
+    #[arg(long, global = true, value_name = "N", help_heading = "Machine")]
+    threads: Option<usize>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fine-tune a checkpoint on your data; writes a PEFT adapter
+    Train(Box<train::TrainArgs>),
+    /// Answer the prompts of a file, or one prompt
+    Generate(generate::GenerateArgs),
+    /// Talk to a model, with or without an adapter
+    Chat(chat::ChatArgs),
+    /// Write a 4-bit copy of a checkpoint that training maps without quantising again
+    Quantize(quantize::QuantizeArgs),
+    /// Say what is in a checkpoint, adapter or cache
+    Inspect(inspect::InspectArgs),
+    /// Write a synthetic checkpoint with ChatGLM-6B's tensor names and shapes
+    Synth(synth::SynthArgs),
+    /// Train the built-in tiny model and show what it learned
+    Demo(demo::DemoArgs),
+}
+
+/// Runs the program: parses the command line, runs the command, prints one line when it fails.
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong command line, 130 interrupted.
+pub fn main() -> ExitCode {
+    leave_quietly_on_broken_pipe();
+    let cli = Cli::parse();
+    let result = set_threads(cli.threads).and_then(|()| run(cli.command));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error @ Error::Interrupted { .. }) => {
+            eprintln!("{error}");
+            ExitCode::from(error.exit_code())
+        }
+        Err(error) => {
+            eprintln!("error: {}", error.to_string().replace('\n', " "));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Train(args) => train::run(*args),
+        Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Synth(args) => synth::run(args),
+        Command::Demo(args) => demo::run(args),
+    }
+}
+
+/// Sets the size of the thread pool: the flag, else `GLMTUNE_THREADS`, else every core.
+fn set_threads(flag: Option<usize>) -> Result<()> {
+    let threads = match (flag, std::env::var("GLMTUNE_THREADS")) {
+        (Some(n), _) => Some(("--threads", n.to_string())),
+        (None, Ok(text)) if !text.is_empty() => Some(("GLMTUNE_THREADS", text)),
+        _ => None,
+    };
+    let Some((place, text)) = threads else {
+        return Ok(());
+    };
+    let n = text
+        .parse::<usize>()
+        .ok()
+        .filter(|n| (1..=1024).contains(n))
+        .ok_or_else(|| {
+            Error::Usage(format!(
+                "{place}: found {text}, expected a whole number from 1 to 1024"
+            ))
+        })?;
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(n)
+        .build_global()
+        .map_err(|e| Error::input(place, n, "a number of threads the system can start", e))
+}
+
+/// `glmtune ... | head` ends without a word when `head` has seen enough. `println!` panics when its reader is gone, and
+/// every line of every command would have to be written another way to prevent that; so the panic itself is caught here.
+fn leave_quietly_on_broken_pipe() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let message = info.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if message.starts_with("failed printing to std") && message.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        usual(info);
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::Cli::command().debug_assert();
+    }
+}
