@@ -162,62 +162,57 @@ impl Codes4<'_> {
 
     /// Whole blocks from number `first` on.
     fn decode_blocks<T: Real>(&self, first: usize, out: &mut [T]) {
-        let codes = &self.codes[first * BLOCK / 2..];
-        if let Ok(out) = bytemuck::try_cast_slice_mut::<T, f32>(out)
-            && T::DTYPE == crate::tensor::DType::F32
+        #[cfg(target_arch = "x86_64")]
+        if T::DTYPE == crate::tensor::DType::F32
+            && let Ok(out) = bytemuck::try_cast_slice_mut::<T, f32>(out)
+            && let Some(simd) = pulp::x86::V4::try_new()
         {
-            #[cfg(target_arch = "x86_64")]
-            if let Some(simd) = pulp::x86::V4::try_new() {
-                return simd.vectorize(
-                    #[inline(always)]
-                    || {
-                        let table = pulp::cast(*self.table);
-                        for (i, (out, codes)) in out
-                            .chunks_exact_mut(BLOCK)
-                            .zip(codes.chunks_exact(BLOCK / 2))
-                            .enumerate()
-                        {
-                            let scale = simd.avx512f._mm512_set1_ps(self.scales.get(first + i));
-                            for (out, codes) in out.chunks_exact_mut(16).zip(codes.chunks_exact(8)) {
-                                let word = u64::from_le_bytes(codes.try_into().unwrap_or_default());
-                                let values = simd.avx512f._mm512_mul_ps(
-                                    simd.avx512f._mm512_permutexvar_ps(spread(simd, word), table),
-                                    scale,
-                                );
-                                out.copy_from_slice(&pulp::cast::<_, [f32; 16]>(values));
-                            }
-                        }
-                    },
-                );
-            }
-            return super::real::vectorized(
-                #[inline(always)]
-                || {
-                    for (i, (out, codes)) in out
-                        .chunks_exact_mut(BLOCK)
-                        .zip(codes.chunks_exact(BLOCK / 2))
-                        .enumerate()
-                    {
-                        let scale = self.scales.get(first + i);
-                        for (pair, &byte) in out.chunks_exact_mut(2).zip(codes) {
-                            pair[0] = self.table[(byte >> 4) as usize] * scale;
-                            pair[1] = self.table[(byte & 15) as usize] * scale;
-                        }
+            return self.decode_blocks_v4(simd, first, out);
+        }
+        super::real::vectorized(
+            #[inline(always)]
+            || {
+                for (scale, out, codes) in self.blocks(first, out) {
+                    for (pair, &byte) in out.chunks_exact_mut(2).zip(codes) {
+                        pair[0] = T::of_f32(self.table[(byte >> 4) as usize] * scale);
+                        pair[1] = T::of_f32(self.table[(byte & 15) as usize] * scale);
                     }
-                },
-            );
-        }
-        for (i, (out, codes)) in out
-            .chunks_exact_mut(BLOCK)
-            .zip(codes.chunks_exact(BLOCK / 2))
-            .enumerate()
-        {
-            let scale = self.scales.get(first + i);
-            for (pair, &byte) in out.chunks_exact_mut(2).zip(codes) {
-                pair[0] = T::of_f32(self.table[(byte >> 4) as usize] * scale);
-                pair[1] = T::of_f32(self.table[(byte & 15) as usize] * scale);
-            }
-        }
+                }
+            },
+        );
+    }
+
+    /// [`Self::decode_blocks`] with the whole table in one register.
+    #[cfg(target_arch = "x86_64")]
+    fn decode_blocks_v4(&self, simd: pulp::x86::V4, first: usize, out: &mut [f32]) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let table = pulp::cast(*self.table);
+                for (scale, out, codes) in self.blocks(first, out) {
+                    let scale = simd.avx512f._mm512_set1_ps(scale);
+                    let (out, _) = out.as_chunks_mut::<16>();
+                    let (codes, _) = codes.as_chunks::<8>();
+                    for (out, codes) in out.iter_mut().zip(codes) {
+                        let indices = spread(simd, u64::from_le_bytes(*codes));
+                        let values = simd.avx512f._mm512_permutexvar_ps(indices, table);
+                        *out = pulp::cast(simd.avx512f._mm512_mul_ps(values, scale));
+                    }
+                }
+            },
+        );
+    }
+
+    /// Scale, output and codes of each whole block from number `first` on.
+    #[inline(always)]
+    fn blocks<'b, T>(
+        &'b self,
+        first: usize,
+        out: &'b mut [T],
+    ) -> impl Iterator<Item = (f32, &'b mut [T], &'b [u8])> {
+        let codes = self.codes[first * BLOCK / 2..].chunks_exact(BLOCK / 2);
+        let blocks = out.chunks_exact_mut(BLOCK).zip(codes).enumerate();
+        blocks.map(move |(i, (out, codes))| (self.scales.get(first + i), out, codes))
     }
 }
 
