@@ -189,6 +189,14 @@ pub fn apply(model: &mut Model, tuning: &Tuning, seed: u64) -> Result<()> {
     }
 }
 
+/// Gives a model with a tied head an output matrix of its own, a copy of the embedding: the two then train apart. A model
+/// whose head is separate already stays as it is.
+pub fn untie_head(model: &mut Model) {
+    if model.lm_head.is_none() {
+        model.lm_head = Some(model.embedding.clone());
+    }
+}
+
 /// Puts the adapter of a PEFT folder into the model, to train on or only to use.
 ///
 /// # Errors

@@ -8,7 +8,7 @@ use glmtune::rng::Stream;
 use crate::common::{golden, read_safetensors, relative_l2, tolerance};
 use crate::forward::batch;
 
-fn check(gradients: &str, checkpoint: &str, inputs: &str) {
+fn check(gradients: &str, checkpoint: &str, inputs: &str, head_apart: bool) {
     let file = format!("chatglm_v1/gradients/{gradients}.safetensors");
     let (Some(path), Some(dir), Some(inputs)) = (
         golden(&file),
@@ -18,6 +18,9 @@ fn check(gradients: &str, checkpoint: &str, inputs: &str) {
         return;
     };
     let mut model = Model::load(&Checkpoint::open(&dir).unwrap(), &LoadOptions::default()).unwrap();
+    if head_apart {
+        tune::untie_head(&mut model);
+    }
     tune::apply(&mut model, &Tuning::Full, 0).unwrap();
     let batch = batch(&read_safetensors(&inputs));
     let mut ws = model.workspace(batch.size, batch.len).unwrap();
@@ -68,6 +71,7 @@ fn tied_gradients_of_a_right_padded_batch() {
         "full_tied_train_rightpad",
         "chatglm_v1/checkpoint_fp16_bin",
         "train_rightpad",
+        false,
     );
 }
 
@@ -77,6 +81,7 @@ fn tied_gradients_of_a_left_padded_batch() {
         "full_tied_leftpad_tokenizer",
         "chatglm_v1/checkpoint_fp16_bin",
         "leftpad_tokenizer",
+        false,
     );
 }
 
@@ -86,5 +91,16 @@ fn gradients_with_a_head_of_its_own() {
         "full_untied_train_rightpad",
         "chatglm_v1/checkpoint_untied_fp16_safetensors",
         "train_rightpad",
+        false,
+    );
+}
+
+#[test]
+fn gradients_of_a_head_that_starts_as_the_embedding() {
+    check(
+        "full_separate_train_rightpad",
+        "chatglm_v1/checkpoint_fp16_bin",
+        "train_rightpad",
+        true,
     );
 }
