@@ -57,6 +57,20 @@ pub enum Error {
         /// The one thing to do.
         remedy: String,
     },
+    /// A CUDA call failed.
+    #[error("{operation} on device cuda:{device}: {code}: {what}{hint}")]
+    Device {
+        /// The operation of [`crate::ops`], or what was asked of the driver.
+        operation: &'static str,
+        /// The device's number.
+        device: u8,
+        /// The code's name and number.
+        code: String,
+        /// What the driver says of it.
+        what: String,
+        /// Where to look.
+        hint: &'static str,
+    },
     /// The user asked to stop; everything was saved first.
     #[error("interrupted at step {step}; {saved}")]
     Interrupted {

@@ -3,10 +3,13 @@
 // `cargo doc --document-private-items` is how this documentation is read.
 #![allow(rustdoc::private_intra_doc_links)]
 
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
+pub mod compute;
 pub mod config;
 mod cpu;
+pub mod cuda;
 pub mod data;
 pub mod error;
 pub mod generate;

@@ -6,8 +6,8 @@ use std::path::Path;
 use crate::checkpoint::{read_tensors, refuse_non_finite, write_safetensors};
 use crate::error::{Error, Result};
 use crate::nn::Param;
-use crate::ops::{self, AdamW as Factors};
-use crate::tensor::{DType, Tensor};
+use crate::ops::{self, AdamW as Factors, AdamwSlot};
+use crate::tensor::{DType, Device, Tensor};
 
 /// The numbers of AdamW that stay the same over a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -60,13 +60,6 @@ struct Moments {
 ///
 /// `p *= 1 - lr wd; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 /// p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)`.
-///
-/// The parameters are handed over one by one, in the order of [`AdamW::register`]:
-///
-/// ```text
-/// let mut update = optimizer.begin_step(rate, clip);
-/// model.for_each_param_mut(&mut |name, param| update.apply(name, param))?;
-/// ```
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -85,15 +78,19 @@ impl AdamW {
     }
 
     /// Makes room for the moments of a parameter; one without a gradient is passed over.
-    pub fn register(&mut self, name: &str, param: &Param) {
+    ///
+    /// # Errors
+    /// The parameter's device has no room.
+    pub fn register(&mut self, name: &str, param: &Param) -> Result<()> {
         if param.grad.is_some() {
-            let shape = param.value.shape();
+            let (device, shape) = (param.value.device(), param.value.shape());
             self.moments.push(Moments {
                 name: name.to_string(),
-                exp_avg: Tensor::zeros(DType::F32, shape),
-                exp_avg_sq: Tensor::zeros(DType::F32, shape),
+                exp_avg: Tensor::zeros_on(device, DType::F32, shape)?,
+                exp_avg_sq: Tensor::zeros_on(device, DType::F32, shape)?,
             });
         }
+        Ok(())
     }
 
     /// The number of parameters that train.
@@ -111,11 +108,25 @@ impl AdamW {
         self.step
     }
 
-    /// Begins the next step: `rate` is its learning rate, `clip` the factor of every gradient ([`clip_factor`]).
-    pub fn begin_step(&mut self, rate: f64, clip: f64) -> Update<'_> {
-        self.step += 1;
+    /// Takes one step: `rate` is its learning rate, `clip` the factor of every gradient ([`clip_factor`]).
+    ///
+    /// `visit` calls the function that it is given with every parameter, in the order of [`AdamW::register`]; those
+    /// without a gradient are passed over:
+    ///
+    /// ```text
+    /// optimizer.step(rate, clip, |visit| model.for_each_param_mut(visit))?;
+    /// ```
+    ///
+    /// # Errors
+    /// The parameters are not those registered, or in another order; nothing is updated then.
+    pub fn step<'a>(
+        &'a mut self,
+        rate: f64,
+        clip: f64,
+        visit: impl FnOnce(&mut dyn FnMut(&str, &'a mut Param) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         let c = &self.config;
-        let t = self.step as f64;
+        let t = (self.step + 1) as f64;
         let factors = Factors {
             clip: clip as f32,
             decay: (1.0 - rate * c.weight_decay) as f32,
@@ -126,11 +137,32 @@ impl AdamW {
             sqrt_correction2: (1.0 - c.beta2.powf(t)).sqrt() as f32,
             epsilon: c.epsilon as f32,
         };
-        Update {
-            factors,
-            exclude: c.exclude_bias_and_norm,
-            moments: self.moments.iter_mut(),
+        let unexpected = |found: &str| Error::Shape {
+            operation: "AdamW::step",
+            found: found.to_string(),
+            expected: "the parameters in the order they were registered in".to_string(),
+        };
+        let mut moments = self.moments.iter_mut();
+        let mut slots = Vec::new();
+        visit(&mut |name, param| {
+            let Some(g) = &param.grad else { return Ok(()) };
+            let m = moments.next().filter(|m| m.name == name);
+            let m = m.ok_or_else(|| unexpected(name))?;
+            slots.push(AdamwSlot {
+                p: &mut param.value,
+                g,
+                m: &mut m.exp_avg,
+                v: &mut m.exp_avg_sq,
+                decayed: is_decayed(name) || !c.exclude_bias_and_norm,
+            });
+            Ok(())
+        })?;
+        if let Some(m) = moments.next() {
+            return Err(unexpected(&format!("the end before {}", m.name)));
         }
+        ops::adamw_all(&mut slots, &factors)?;
+        self.step += 1;
+        Ok(())
     }
 
     /// Writes the state, bit for bit, under PyTorch's names: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step`.
@@ -138,12 +170,13 @@ impl AdamW {
     /// # Errors
     /// The file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let step = Tensor::from_slice(&[self.step as i64], [1]);
-        let mut tensors = vec![("step".to_string(), &step)];
+        let mut tensors = vec![("step".to_string(), Tensor::from_slice(&[self.step as i64], [1]))];
         for m in &self.moments {
-            tensors.push((format!("exp_avg.{}", m.name), &m.exp_avg));
-            tensors.push((format!("exp_avg_sq.{}", m.name), &m.exp_avg_sq));
+            for (part, tensor) in [("exp_avg", &m.exp_avg), ("exp_avg_sq", &m.exp_avg_sq)] {
+                tensors.push((format!("{part}.{}", m.name), tensor.to_device(Device::Cpu)?));
+            }
         }
+        let tensors: Vec<(String, &Tensor)> = tensors.iter().map(|(name, t)| (name.clone(), t)).collect();
         write_safetensors(path, &tensors, &BTreeMap::new())
     }
 
@@ -174,8 +207,8 @@ impl AdamW {
             for (part, tensor) in [("exp_avg", &exp_avg), ("exp_avg_sq", &exp_avg_sq)] {
                 refuse_non_finite(&format!("{}: {part}.{}", path.display(), m.name), tensor)?;
             }
-            m.exp_avg.bytes_mut().copy_from_slice(exp_avg.bytes());
-            m.exp_avg_sq.bytes_mut().copy_from_slice(exp_avg_sq.bytes());
+            m.exp_avg.copy_from(&exp_avg)?;
+            m.exp_avg_sq.copy_from(&exp_avg_sq)?;
         }
         if let Some(name) = tensors.keys().next() {
             return Err(Error::input(
@@ -188,71 +221,6 @@ impl AdamW {
         self.step = u64::try_from(step)
             .map_err(|_| Error::input(format!("{}: step", path.display()), step, "a step from 0", REMEDY))?;
         Ok(())
-    }
-}
-
-/// One optimizer step under way.
-#[derive(Debug)]
-pub struct Update<'a> {
-    factors: Factors,
-    exclude: bool,
-    moments: std::slice::IterMut<'a, Moments>,
-}
-
-impl Update<'_> {
-    /// Updates one parameter; one without a gradient is passed over.
-    ///
-    /// # Errors
-    /// The parameters do not come in the order they were registered in.
-    pub fn apply(&mut self, name: &str, param: &mut Param) -> Result<()> {
-        let Some(grad) = &param.grad else { return Ok(()) };
-        let next = self.moments.next();
-        let Some(m) = next.filter(|m| m.name == name) else {
-            return Err(Error::Shape {
-                operation: "AdamW::step",
-                found: name.to_string(),
-                expected: "the parameters in the order they were registered in".to_string(),
-            });
-        };
-        let factors = if self.exclude && !is_decayed(name) {
-            Factors {
-                decay: 1.0,
-                ..self.factors
-            }
-        } else {
-            self.factors
-        };
-        ops::adamw(
-            &mut param.value,
-            grad,
-            &mut m.exp_avg,
-            &mut m.exp_avg_sq,
-            &factors,
-        )
-    }
-}
-
-/// The global L2 norm of the gradients handed over one by one, in f64.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct GradientNorm {
-    sum: f64,
-}
-
-impl GradientNorm {
-    /// Adds one parameter; one without a gradient counts nothing.
-    ///
-    /// # Errors
-    /// The gradient is not f32.
-    pub fn add(&mut self, param: &Param) -> Result<()> {
-        if let Some(grad) = &param.grad {
-            self.sum += ops::sum_of_squares(grad)?;
-        }
-        Ok(())
-    }
-
-    /// The norm so far.
-    pub fn value(self) -> f64 {
-        self.sum.sqrt()
     }
 }
 
@@ -290,7 +258,7 @@ mod tests {
         };
         let mut p = param(&[3.0, -1.0], &[0.0, 0.0]);
         let mut optimizer = AdamW::new(config);
-        optimizer.register("w", &p);
+        optimizer.register("w", &p).unwrap();
         for _ in 0..200 {
             let gradient: Vec<f32> = p.value.as_slice::<f32>().iter().map(|p| p - 1.0).collect();
             p.grad
@@ -298,7 +266,7 @@ mod tests {
                 .unwrap()
                 .as_mut_slice::<f32>()
                 .copy_from_slice(&gradient);
-            optimizer.begin_step(0.05, 1.0).apply("w", &mut p).unwrap();
+            optimizer.step(0.05, 1.0, |visit| visit("w", &mut p)).unwrap();
         }
         for (got, start) in p.value.to_f64_vec().into_iter().zip([3.0, -1.0]) {
             let want = reference(config, start, 1.0, 0.05, 200);
@@ -314,13 +282,13 @@ mod tests {
         let gradients: Vec<f32> = (0..n).map(|i| stream.normal(i + n)).collect();
         let mut whole = param(&values, &gradients);
         let mut optimizer = AdamW::new(AdamWConfig::default());
-        optimizer.register("w", &whole);
-        optimizer.begin_step(0.01, 0.5).apply("w", &mut whole).unwrap();
+        optimizer.register("w", &whole).unwrap();
+        optimizer.step(0.01, 0.5, |visit| visit("w", &mut whole)).unwrap();
         for i in [0usize, 32_767, 32_768, 100_002] {
             let mut one = param(&values[i..=i], &gradients[i..=i]);
             let mut optimizer = AdamW::new(AdamWConfig::default());
-            optimizer.register("w", &one);
-            optimizer.begin_step(0.01, 0.5).apply("w", &mut one).unwrap();
+            optimizer.register("w", &one).unwrap();
+            optimizer.step(0.01, 0.5, |visit| visit("w", &mut one)).unwrap();
             assert_eq!(
                 one.value.as_slice::<f32>()[0],
                 whole.value.as_slice::<f32>()[i],
@@ -332,11 +300,8 @@ mod tests {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            pool.install(|| {
-                let mut norm = GradientNorm::default();
-                norm.add(&whole).unwrap();
-                norm.value()
-            })
+            let gradients = [whole.grad.as_ref().unwrap()];
+            pool.install(|| ops::sum_of_squares_all(&gradients).unwrap().sqrt())
         };
         let exact = gradients
             .iter()
@@ -364,11 +329,14 @@ mod tests {
             ..AdamWConfig::default()
         });
         let (mut weight, mut bias) = (param(&[1.0], &[0.0]), param(&[1.0], &[0.0]));
-        optimizer.register("a.weight", &weight);
-        optimizer.register("a.bias", &bias);
-        let mut update = optimizer.begin_step(0.5, 1.0);
-        update.apply("a.weight", &mut weight).unwrap();
-        update.apply("a.bias", &mut bias).unwrap();
+        optimizer.register("a.weight", &weight).unwrap();
+        optimizer.register("a.bias", &bias).unwrap();
+        optimizer
+            .step(0.5, 1.0, |visit| {
+                visit("a.weight", &mut weight)?;
+                visit("a.bias", &mut bias)
+            })
+            .unwrap();
         assert_eq!(weight.value.as_slice::<f32>(), [0.75]);
         assert_eq!(bias.value.as_slice::<f32>(), [1.0]);
     }
@@ -381,10 +349,17 @@ mod tests {
 
     #[test]
     fn parameters_in_another_order_are_an_error() {
-        let (mut a, b) = (param(&[1.0], &[0.0]), param(&[1.0], &[0.0]));
+        let (mut a, mut b) = (param(&[1.0], &[1.0]), param(&[1.0], &[1.0]));
         let mut optimizer = AdamW::new(AdamWConfig::default());
-        optimizer.register("a", &a);
-        optimizer.register("b", &b);
-        assert!(optimizer.begin_step(0.1, 1.0).apply("b", &mut a).is_err());
+        optimizer.register("a", &a).unwrap();
+        optimizer.register("b", &b).unwrap();
+        let wrong = optimizer.step(0.1, 1.0, |visit| {
+            visit("a", &mut a)?;
+            visit("a", &mut b)
+        });
+        assert!(wrong.is_err());
+        assert!(optimizer.step(0.1, 1.0, |visit| visit("a", &mut a)).is_err());
+        assert_eq!(optimizer.steps(), 0);
+        assert_eq!(a.value.as_slice::<f32>(), [1.0], "nothing is updated");
     }
 }

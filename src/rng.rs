@@ -4,6 +4,8 @@
 //! in the backward pass instead of being stored, resuming needs no generator state, and a GPU thread computes the very
 //! same value as the CPU.
 
+use rayon::prelude::*;
+
 const M0: u32 = 0xD251_1F53;
 const M1: u32 = 0xCD9E_8D57;
 const W0: u32 = 0x9E37_79B9;
@@ -69,6 +71,19 @@ impl Stream {
         )
     }
 
+    /// Fills `bytes` with random bits: byte `i` is byte `i % 4` (the lowest first) of the word [`Stream::bits`] at `i / 4`.
+    pub fn fill(self, bytes: &mut [u8]) {
+        const GRAIN: usize = 1 << 16;
+        bytes.par_chunks_mut(GRAIN).enumerate().for_each(|(i, grain)| {
+            for (j, sixteen) in grain.chunks_mut(16).enumerate() {
+                let words = self.block((i * (GRAIN / 16) + j) as u64);
+                for (byte, k) in sixteen.iter_mut().zip(0..) {
+                    *byte = (words[k / 4] >> (8 * (k % 4))) as u8;
+                }
+            }
+        });
+    }
+
     /// A number in `[0, 1)` with 24 random bits, exact in f32.
     #[inline]
     pub fn uniform(self, index: u64) -> f32 {
@@ -120,6 +135,17 @@ mod tests {
             ),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_words() {
+        let s = Stream::new(3, 4);
+        let mut bytes = vec![0; (1 << 16) + 7];
+        s.fill(&mut bytes);
+        for i in [0, 1, 5, 65_535, 65_536, 65_542] {
+            let word = s.bits(i as u64 / 4).to_le_bytes();
+            assert_eq!(bytes[i], word[i % 4], "byte {i}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Prefix-LM attention, one block of queries at a time: the score matrix is never held as a whole.
 
+use std::ops::Range;
+
 use super::matrix::{Mat, MatMut, gemm};
 use super::panel::WIDTH;
 use super::parallel;
@@ -22,6 +24,8 @@ pub struct Extents {
     pub heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// Keys of the prefix, which every query sees before those of its sequence.
+    pub prefix: usize,
 }
 
 impl Extents {
@@ -35,9 +39,16 @@ impl Extents {
     }
 }
 
-/// The keys that the query at position `i` sees: a range, or `None` for a padding query, which attends uniformly to all.
-fn visible(span: Span, i: usize) -> Option<std::ops::Range<usize>> {
-    (i >= span.start).then(|| span.start..span.context.max(i + 1))
+/// The keys of its sequence that the query at position `i` sees: a range, empty for a padding query that has a prefix to see
+/// instead, or `None` for one that has not and attends uniformly to all.
+fn visible(span: Span, i: usize, prefix: usize) -> Option<Range<usize>> {
+    if i >= span.start {
+        Some(span.start..span.context.max(i + 1))
+    } else if prefix > 0 {
+        Some(0..0)
+    } else {
+        None
+    }
 }
 
 /// The number of keys that a block of queries ending before position `end` can touch.
@@ -70,6 +81,29 @@ pub enum Source<'a, T> {
         /// Positions reserved for each sequence.
         capacity: usize,
     },
+}
+
+/// Keys and values `[heads, prefix, d]` that every query sees, unrotated; empty if there are none.
+#[derive(Debug, Clone, Copy)]
+pub struct Prefix<'a, T> {
+    /// Keys.
+    pub keys: &'a [T],
+    /// Values.
+    pub values: &'a [T],
+}
+
+impl<'a, T> Prefix<'a, T> {
+    /// No prefix.
+    pub const NONE: Self = Self {
+        keys: &[],
+        values: &[],
+    };
+
+    /// Keys and values of head `h`.
+    fn head(&self, e: Extents, h: usize) -> [Mat<'a, T>; 2] {
+        let size = e.prefix * e.head_dim;
+        [self.keys, self.values].map(|x| Mat::contiguous(&x[h * size..][..size], e.prefix, e.head_dim))
+    }
 }
 
 /// A head's keys or values, to be multiplied with blocks of queries: transposed once when there are enough of those.
@@ -136,11 +170,14 @@ fn head<'a, T>(qkv: &'a [T], source: Source<'a, T>, e: Extents, b: usize, h: usi
 
 /// `context = softmax(mask(q kᵀ / sqrt(d))) v` for every head; `log_sum_exp [B, heads, S]` is kept for the backward pass.
 ///
+/// The prefix stands before a sequence's own keys. A padding query sees it alone, and all keys uniformly when there is none:
+/// the official code blocks with -10000, to which an unblocked score is always superior.
 /// `qkv [B S, heads, 3 d]` is rotated already. The official per-layer coefficient divides the scores before the mask
 /// and multiplies them again before the softmax: it cancels here.
 pub fn forward<T: Real>(
     qkv: &[T],
     source: Source<'_, T>,
+    prefix: Prefix<'_, T>,
     spans: &[Span],
     e: Extents,
     context: &mut [T],
@@ -163,20 +200,36 @@ pub fn forward<T: Real>(
         .collect();
     parallel::items(tasks, e.nanoseconds(2), |(b, h, mut context, lse)| {
         let Head { q, k, v } = head(qkv, source, e, b, h);
+        let [prefix_k, prefix_v] = prefix.head(e, h);
         let span = spans[b];
-        let mut scores = vec![T::ZERO; BLOCK.min(e.queries) * e.keys];
+        let mut scores = vec![T::ZERO; BLOCK.min(e.queries) * (e.prefix + e.keys)];
         let keys_in_panels = Panels::new(k, e.keys, e.queries);
+        let prefix_in_panels = Panels::new(prefix_k, e.prefix, e.queries);
         for first in (0..e.queries).step_by(BLOCK) {
             let rows = first..(first + BLOCK).min(e.queries);
             let keys = reach(span, offset + first, offset + rows.end, e.keys);
-            let scores = &mut scores[..rows.len() * keys];
-            let block = MatMut::contiguous(scores, rows.len(), keys);
-            keys_in_panels.multiply(e.scale(), q.rows(rows.clone()), block);
-            for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
-                lse[first + i] = softmax(row, visible(span, offset + first + i));
+            let all = e.prefix + keys;
+            let scores = &mut scores[..rows.len() * all];
+            let mut block = MatMut::contiguous(scores, rows.len(), all);
+            let queries = q.rows(rows.clone());
+            prefix_in_panels.multiply(e.scale(), queries, block.columns(0..e.prefix));
+            keys_in_panels.multiply(e.scale(), queries, block.columns(e.prefix..all));
+            for (i, row) in scores.chunks_exact_mut(all).enumerate() {
+                let seen = visible(span, offset + first + i, e.prefix);
+                lse[first + i] = softmax(row, e.prefix, seen);
             }
-            let p = Mat::contiguous(scores, rows.len(), keys);
-            gemm(T::ONE, p, v.rows(0..keys), T::ZERO, &mut context.rows(rows));
+            let p = Mat::contiguous(scores, rows.len(), all);
+            let (of_prefix, own) = (p.columns(0..e.prefix), p.columns(e.prefix..all));
+            gemm(
+                T::ONE,
+                own,
+                v.rows(0..keys),
+                T::ZERO,
+                &mut context.rows(rows.clone()),
+            );
+            if e.prefix > 0 {
+                gemm(T::ONE, of_prefix, prefix_v, T::ONE, &mut context.rows(rows));
+            }
         }
     });
 }
@@ -201,62 +254,74 @@ pub fn append<T: Real>(
     }
 }
 
-/// Softmax over the visible part of a row of scores, 0 elsewhere; returns `ln Σ exp`.
+/// Softmax over the prefix and the visible part of a row of scores, 0 elsewhere; returns `ln Σ exp`.
 #[inline(always)]
-fn softmax<T: Real>(row: &mut [T], visible: Option<std::ops::Range<usize>>) -> T {
+fn softmax<T: Real>(row: &mut [T], prefix: usize, visible: Option<Range<usize>>) -> T {
     let Some(visible) = visible else {
         row.fill(T::ONE / T::of(row.len() as f64));
         return T::ZERO;
     };
-    row[..visible.start].fill(T::ZERO);
-    row[visible.end..].fill(T::ZERO);
-    let row = &mut row[visible];
+    let (prefix, own) = row.split_at_mut(prefix);
+    own[..visible.start].fill(T::ZERO);
+    own[visible.end..].fill(T::ZERO);
+    let own = &mut own[visible];
     vectorized(
         #[inline(always)]
         || {
-            let top = max(row);
-            for x in row.iter_mut() {
-                *x = (*x - top).exp();
+            let top = max(&[max(prefix), max(own)]);
+            let mut total = T::ZERO;
+            for part in [&mut *prefix, &mut *own] {
+                for x in part.iter_mut() {
+                    *x = (*x - top).exp();
+                }
+                total += sum(part, |x| x);
             }
-            let total = sum(row, |x| x);
             let inverse = T::ONE / total;
-            for x in row.iter_mut() {
-                *x *= inverse;
+            for part in [prefix, own] {
+                for x in part.iter_mut() {
+                    *x *= inverse;
+                }
             }
             top + total.ln()
         },
     )
 }
 
-/// The gradient of [`forward`] over `qkv` (keys and values own): `dqkv` is written.
+/// The gradient of [`forward`] over `qkv` (keys and values own), which is written, and over the prefix, added to `d_prefix`
+/// (keys, values; as long as the prefix).
 ///
 /// With P recomputed from `log_sum_exp`: `dV = Pᵀ dO`, `dS = P * (dO Vᵀ - rowsum(dO * O))`, `dQ = dS K / sqrt(d)`,
-/// `dK = dSᵀ Q / sqrt(d)` (Dao et al. 2022, appendix B). A padding query's weights are constants: it gives to V only.
+/// `dK = dSᵀ Q / sqrt(d)` (Dao et al. 2022, appendix B). Uniform weights are constants: such a query gives to V only.
 pub fn backward<T: Real>(
     d_context: &[T],
     qkv: &[T],
     context: &[T],
     log_sum_exp: &[T],
+    prefix: Prefix<'_, T>,
     spans: &[Span],
     e: Extents,
     dqkv: &mut [T],
+    d_prefix: [&mut [T]; 2],
 ) {
     let d = e.head_dim;
     let s = e.queries;
     let wide = 3 * e.heads * d;
-    let tasks: Vec<_> = dqkv
-        .chunks_mut((s * wide).max(1))
-        .enumerate()
-        .flat_map(|(b, dqkv)| {
-            MatMut::contiguous(dqkv, s, wide)
-                .split_columns(3 * d)
-                .into_iter()
-                .enumerate()
-                .map(move |(h, g)| (b, h, g))
-        })
-        .collect();
-    parallel::items(tasks, e.nanoseconds(5), |(b, h, gradient)| {
+    let size = e.heads * e.prefix * d;
+    // What each sequence gives to the prefix; added up below in one order for every number of threads.
+    let mut shares = vec![T::ZERO; 2 * e.size * size];
+    let mut shares_left = shares.as_mut_slice();
+    let mut tasks = Vec::with_capacity(e.size * e.heads);
+    for (b, dqkv) in dqkv.chunks_mut((s * wide).max(1)).enumerate() {
+        let gradients = MatMut::contiguous(dqkv, s, wide).split_columns(3 * d);
+        for (h, gradient) in gradients.into_iter().enumerate() {
+            let (share, rest) = std::mem::take(&mut shares_left).split_at_mut(2 * e.prefix * d);
+            shares_left = rest;
+            tasks.push((b, h, gradient, share));
+        }
+    }
+    parallel::items(tasks, e.nanoseconds(5), |(b, h, gradient, share)| {
         let Head { q, k, v } = head(qkv, Source::Own, e, b, h);
+        let [prefix_k, prefix_v] = prefix.head(e, h);
         let span = spans[b];
         let at = b * s * e.heads * d + h * d;
         let output = Mat::new(&context[at..], s, d, e.heads * d);
@@ -270,40 +335,60 @@ pub fn backward<T: Real>(
             dk.row(i).fill(T::ZERO);
             dv.row(i).fill(T::ZERO);
         }
-        let mut p = vec![T::ZERO; BLOCK.min(s) * s];
+        let (d_prefix_k, d_prefix_v) = share.split_at_mut(e.prefix * d);
+        let mut d_prefix_k = MatMut::contiguous(d_prefix_k, e.prefix, d);
+        let mut d_prefix_v = MatMut::contiguous(d_prefix_v, e.prefix, d);
+        let mut p = vec![T::ZERO; BLOCK.min(s) * (e.prefix + s)];
         let mut ds = p.clone();
         let (keys_in_panels, values_in_panels) = (Panels::new(k, s, s), Panels::new(v, s, s));
+        let [prefix_keys, prefix_values] = [prefix_k, prefix_v].map(|x| Panels::new(x, e.prefix, s));
         for first in (0..s).step_by(BLOCK) {
             let rows = first..(first + BLOCK).min(s);
             let keys = reach(span, first, rows.end, s);
-            let (p, ds) = (&mut p[..rows.len() * keys], &mut ds[..rows.len() * keys]);
+            let all = e.prefix + keys;
+            let (p, ds) = (&mut p[..rows.len() * all], &mut ds[..rows.len() * all]);
             let (qb, dob) = (q.rows(rows.clone()), d_output.rows(rows.clone()));
-            keys_in_panels.multiply(e.scale(), qb, MatMut::contiguous(p, rows.len(), keys));
-            values_in_panels.multiply(T::ONE, dob, MatMut::contiguous(ds, rows.len(), keys));
-            for (i, (p, ds)) in p
-                .chunks_exact_mut(keys)
-                .zip(ds.chunks_exact_mut(keys))
-                .enumerate()
-            {
+            let mut block = MatMut::contiguous(p, rows.len(), all);
+            prefix_keys.multiply(e.scale(), qb, block.columns(0..e.prefix));
+            keys_in_panels.multiply(e.scale(), qb, block.columns(e.prefix..all));
+            let mut block = MatMut::contiguous(ds, rows.len(), all);
+            prefix_values.multiply(T::ONE, dob, block.columns(0..e.prefix));
+            values_in_panels.multiply(T::ONE, dob, block.columns(e.prefix..all));
+            for (i, (p, ds)) in p.chunks_exact_mut(all).zip(ds.chunks_exact_mut(all)).enumerate() {
                 let i = first + i;
                 let delta = super::real::sum2(output.row(i, 0..d), d_output.row(i, 0..d), |o, g| o * g);
-                score_gradient(p, ds, visible(span, i), lse[i], delta);
+                score_gradient(p, ds, e.prefix, visible(span, i, e.prefix), lse[i], delta);
             }
-            let (p, ds) = (
-                Mat::contiguous(p, rows.len(), keys),
-                Mat::contiguous(ds, rows.len(), keys),
-            );
+            let [p, ds] = [&*p, &*ds].map(|x| Mat::contiguous(x, rows.len(), all));
+            let [own_p, own_ds] = [p, ds].map(|x| x.columns(e.prefix..all));
             gemm(
                 e.scale(),
-                ds,
+                own_ds,
                 k.rows(0..keys),
                 T::ZERO,
                 &mut dq.rows(rows.clone()),
             );
-            gemm(e.scale(), ds.t(), qb, T::ONE, &mut dk.rows(0..keys));
-            gemm(T::ONE, p.t(), dob, T::ONE, &mut dv.rows(0..keys));
+            gemm(e.scale(), own_ds.t(), qb, T::ONE, &mut dk.rows(0..keys));
+            gemm(T::ONE, own_p.t(), dob, T::ONE, &mut dv.rows(0..keys));
+            if e.prefix > 0 {
+                let [p, ds] = [p, ds].map(|x| x.columns(0..e.prefix));
+                gemm(e.scale(), ds, prefix_k, T::ONE, &mut dq.rows(rows));
+                gemm(e.scale(), ds.t(), qb, T::ONE, &mut d_prefix_k);
+                gemm(T::ONE, p.t(), dob, T::ONE, &mut d_prefix_v);
+            }
         }
     });
+    let part = e.prefix * d;
+    let [d_keys, d_values] = d_prefix;
+    for (i, share) in shares.chunks_exact((2 * part).max(1)).enumerate() {
+        let (keys, values) = share.split_at(part);
+        let range = i % e.heads * part..(i % e.heads + 1) * part;
+        for (sums, share) in [(&mut d_keys[range.clone()], keys), (&mut d_values[range], values)] {
+            for (sum, &x) in sums.iter_mut().zip(share) {
+                *sum += x;
+            }
+        }
+    }
 }
 
 /// Turns a row of scores into P and the row of dP into dS.
@@ -311,7 +396,8 @@ pub fn backward<T: Real>(
 fn score_gradient<T: Real>(
     p: &mut [T],
     ds: &mut [T],
-    visible: Option<std::ops::Range<usize>>,
+    prefix: usize,
+    visible: Option<Range<usize>>,
     log_sum_exp: T,
     delta: T,
 ) {
@@ -320,18 +406,21 @@ fn score_gradient<T: Real>(
         ds.fill(T::ZERO);
         return;
     };
-    for hidden in [0..visible.start, visible.end..p.len()] {
+    let visible = prefix + visible.start..prefix + visible.end;
+    for hidden in [prefix..visible.start, visible.end..p.len()] {
         p[hidden.clone()].fill(T::ZERO);
         ds[hidden].fill(T::ZERO);
     }
-    let (p, ds) = (&mut p[visible.clone()], &mut ds[visible]);
-    vectorized(
-        #[inline(always)]
-        || {
-            for (p, ds) in p.iter_mut().zip(ds.iter_mut()) {
-                *p = (*p - log_sum_exp).exp();
-                *ds = *p * (*ds - delta);
-            }
-        },
-    );
+    for seen in [0..prefix, visible] {
+        let (p, ds) = (&mut p[seen.clone()], &mut ds[seen]);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (p, ds) in p.iter_mut().zip(ds.iter_mut()) {
+                    *p = (*p - log_sum_exp).exp();
+                    *ds = *p * (*ds - delta);
+                }
+            },
+        );
+    }
 }

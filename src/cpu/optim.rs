@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::real::vectorized;
+use super::real::{Real, vectorized};
 
 /// Elements per parallel task: small enough to share, large enough to be worth a task. The sums of
 /// [`sum_of_squares`] are cut here as well, so their value does not depend on the number of threads.
@@ -88,4 +88,11 @@ pub fn sum_of_squares(x: &[f32]) -> f64 {
     // Collected in order, then added in order: the same bits for every number of threads.
     let partial: Vec<f64> = x.par_chunks(CHUNK).map(chunk).collect();
     partial.iter().sum()
+}
+
+/// The index of the first element that is NaN or infinite, and how many there are.
+pub fn non_finite<T: Real>(x: &[T]) -> Option<(usize, usize)> {
+    let bad = |x: &T| !x.to_f64().is_finite();
+    let first = x.iter().position(bad)?;
+    Some((first, x[first..].iter().filter(|x| bad(x)).count()))
 }

@@ -2,11 +2,11 @@
 
 use super::Model;
 use super::glm::{self, BlockActivations, BlockDropout};
-use crate::data::batch::{Batch, Span};
+use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::nn::{Geometry, Keys, NormActivations, Scratch};
 use crate::ops::{self, WeightRef};
-use crate::tensor::{DType, Tensor, check_memory};
+use crate::tensor::{Device, Tensor, check_memory};
 
 /// Rotated keys and values of every layer, for `size` sequences of up to `capacity` positions.
 #[derive(Debug)]
@@ -16,7 +16,7 @@ pub struct KvCache {
     len: usize,
     /// Keys and values `[B, capacity, hidden]` of each layer.
     layers: Vec<(Tensor, Tensor)>,
-    spans: Vec<Span>,
+    spans: Tensor,
     /// Position and block position of the last token of each sequence.
     last: Vec<[i32; 2]>,
     tables: Tensor,
@@ -32,46 +32,50 @@ struct Buffers {
     hidden: [Tensor; 2],
     block: BlockActivations,
     final_layernorm: NormActivations,
+    last_rows: Tensor,
     last: Tensor,
+    logits: Tensor,
     scratch: Scratch,
 }
 
 impl Buffers {
-    fn new(model: &Model, size: usize, rows: usize) -> Self {
-        let (dtype, hidden) = (model.dtype(), model.config().hidden_size);
-        Self {
+    fn new(model: &Model, size: usize, rows: usize) -> Result<Self> {
+        let (compute, config) = (model.compute(), model.config());
+        let hidden = config.hidden_size;
+        Ok(Self {
             rows,
-            ids: Tensor::zeros(DType::I32, [rows]),
-            positions: Tensor::zeros(DType::I32, [rows, 2]),
-            hidden: [
-                Tensor::zeros(dtype, [rows, hidden]),
-                Tensor::zeros(dtype, [rows, hidden]),
-            ],
-            block: model.blocks[0].activations(dtype, rows),
-            final_layernorm: NormActivations::new(dtype, size, hidden),
-            last: Tensor::zeros(dtype, [size, hidden]),
+            ids: compute.indices([rows])?,
+            positions: compute.indices([rows, 2])?,
+            hidden: [compute.zeros([rows, hidden])?, compute.zeros([rows, hidden])?],
+            block: model.blocks[0].activations(compute, rows)?,
+            final_layernorm: NormActivations::new(compute, size, hidden)?,
+            last_rows: compute.indices([size])?,
+            last: compute.zeros([size, hidden])?,
+            logits: compute.accumulators([size, config.vocab_size])?,
             scratch: Scratch {
-                dropped: Tensor::zeros(dtype, [0]),
-                du: Tensor::zeros(dtype, [0]),
+                dropped: compute.zeros([0])?,
+                du: compute.zeros([0])?,
             },
-        }
+        })
     }
 }
 
 impl KvCache {
-    pub(super) fn new(model: &Model, size: usize, capacity: usize) -> Self {
-        let (dtype, config) = (model.dtype(), model.config());
-        let plane = || Tensor::zeros(dtype, [size, capacity, config.hidden_size]);
-        Self {
+    pub(super) fn new(model: &Model, size: usize, capacity: usize) -> Result<Self> {
+        let (compute, config) = (model.compute(), model.config());
+        let plane = || compute.zeros([size, capacity, config.hidden_size]);
+        Ok(Self {
             size,
             capacity,
             len: 0,
-            layers: model.blocks.iter().map(|_| (plane(), plane())).collect(),
-            spans: Vec::with_capacity(size),
+            layers: (model.blocks.iter())
+                .map(|_| Ok((plane()?, plane()?)))
+                .collect::<Result<_>>()?,
+            spans: compute.indices([size, 2])?,
             last: Vec::with_capacity(size),
-            tables: glm::rope_tables(dtype, config.head_dim(), capacity + 1),
+            tables: glm::rope_tables(compute, config.head_dim(), capacity + 1)?,
             buffers: None,
-        }
+        })
     }
 
     /// Positions held so far, padding included.
@@ -99,7 +103,7 @@ impl Model {
     /// A cache for `size` sequences of up to `capacity` positions, padding included.
     ///
     /// # Errors
-    /// Either is 0.
+    /// Either is 0, or there is not enough memory.
     pub fn cache(&self, size: usize, capacity: usize) -> Result<KvCache> {
         if size == 0 || capacity == 0 {
             return Err(Error::input(
@@ -110,17 +114,19 @@ impl Model {
             ));
         }
         let config = self.config();
-        check_memory(
-            &format!("keys and values of {size} conversations of {capacity} tokens"),
-            (2 * config.num_layers * config.hidden_size * self.dtype().size()) as u128
-                * size as u128
-                * capacity as u128,
-            "lower --max-new-tokens, --max-length or --batch-size",
-        )?;
-        Ok(KvCache::new(self, size, capacity))
+        if self.device() == Device::Cpu {
+            check_memory(
+                &format!("keys and values of {size} conversations of {capacity} tokens"),
+                (2 * config.num_layers * config.hidden_size * self.dtype().size()) as u128
+                    * size as u128
+                    * capacity as u128,
+                "lower --max-new-tokens, --max-length or --batch-size",
+            )?;
+        }
+        KvCache::new(self, size, capacity)
     }
 
-    /// Runs left-padded prompts; returns the logits after their last tokens, `[B, V]` in the compute type.
+    /// Runs left-padded prompts; returns the logits after their last tokens, `[B, V]` on the host in the type of sums.
     ///
     /// # Errors
     /// The batch does not fit the cache, or an id lies outside the vocabulary.
@@ -133,7 +139,7 @@ impl Model {
             });
         }
         cache.len = 0;
-        cache.spans.clone_from(&batch.spans);
+        cache.spans.write(&glm::span_indices(&batch.spans))?;
         cache.last = batch
             .positions
             .chunks_exact(2 * batch.len)
@@ -142,7 +148,7 @@ impl Model {
         self.extend(cache, &batch.ids, &batch.positions)
     }
 
-    /// Appends one token to each sequence; returns the next logits, `[B, V]` in the compute type.
+    /// Appends one token to each sequence; returns the next logits, `[B, V]` on the host in the type of sums.
     ///
     /// # Errors
     /// The cache is full, or an id lies outside the vocabulary.
@@ -171,7 +177,7 @@ impl Model {
         }
         let mut buffers = match cache.buffers.take() {
             Some(buffers) if buffers.rows >= rows => buffers,
-            _ => Buffers::new(self, cache.size, rows),
+            _ => Buffers::new(self, cache.size, rows)?,
         };
         let device = self.device();
         let logits = ops::pass(device, || {
@@ -198,10 +204,12 @@ impl Model {
             hidden: [x, out],
             ..
         } = buffers;
+        glm::check_indices("generation", "token id", ids, self.config().vocab_size)?;
+        glm::check_indices("generation", "position", positions, cache.tables.extent(0))?;
         id_tensor.resize([rows])?;
-        id_tensor.as_mut_slice().copy_from_slice(ids);
+        id_tensor.write(ids)?;
         position_tensor.resize([rows, 2])?;
-        position_tensor.as_mut_slice().copy_from_slice(positions);
+        position_tensor.write(positions)?;
         x.resize([rows, hidden])?;
         ops::embedding(&self.embedding.value, id_tensor, x)?;
         for (block, (keys, values)) in self.blocks.iter().zip(&mut cache.layers) {
@@ -228,21 +236,17 @@ impl Model {
         }
         let last_rows: Vec<i32> = (0..cache.size).map(|b| ((b + 1) * queries - 1) as i32).collect();
         buffers.last.resize([cache.size, hidden])?;
-        ops::gather_rows(
-            x,
-            &Tensor::from_slice(&last_rows, [cache.size]),
-            &mut buffers.last,
-        )?;
+        buffers.last_rows.write(&last_rows)?;
+        ops::gather_rows(x, &buffers.last_rows, &mut buffers.last)?;
         self.final_layernorm
             .forward(&buffers.last, &mut buffers.final_layernorm)?;
-        let mut logits = Tensor::zeros(self.dtype(), [cache.size, self.config().vocab_size]);
         ops::linear(
             &buffers.final_layernorm.y,
             WeightRef::Dense(self.head()),
             None,
             None,
-            &mut logits,
+            &mut buffers.logits,
         )?;
-        Ok(logits)
+        buffers.logits.to_device(Device::Cpu)
     }
 }

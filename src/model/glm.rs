@@ -1,13 +1,13 @@
 //! The ChatGLM-6B block: residuals start from the *normalised* input, scaled by alpha.
 
 use crate::data::batch::Span;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{
     Attention, AttentionActivations, Geometry, Keys, LayerNorm, Linear, Mlp, MlpActivations, NormActivations,
     Param, Scratch,
 };
 use crate::rng::Stream;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Compute, Tensor};
 
 /// `sqrt(2 * 28)`: the official code builds its blocks without a layer count, so the default 28 stands whatever the
 /// configuration says.
@@ -53,13 +53,16 @@ pub struct BackwardScratch {
 
 impl BackwardScratch {
     /// For up to `rows` rows.
-    pub fn new(dtype: DType, rows: usize, hidden: usize, inner: usize) -> Self {
-        Self {
-            d_inner: Tensor::zeros(dtype, [rows, inner]),
-            d_qkv: Tensor::zeros(dtype, [rows, 3 * hidden]),
-            d_norm: Tensor::zeros(dtype, [rows, hidden]),
-            d_y: Tensor::zeros(dtype, [rows, hidden]),
-        }
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn new(compute: Compute, rows: usize, hidden: usize, inner: usize) -> Result<Self> {
+        Ok(Self {
+            d_inner: compute.zeros([rows, inner])?,
+            d_qkv: compute.zeros([rows, 3 * hidden])?,
+            d_norm: compute.zeros([rows, hidden])?,
+            d_y: compute.zeros([rows, hidden])?,
+        })
     }
 }
 
@@ -94,15 +97,18 @@ impl BlockDropout {
 
 impl Block {
     /// Activations for up to `rows` rows.
-    pub fn activations(&self, dtype: DType, rows: usize) -> BlockActivations {
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn activations(&self, compute: Compute, rows: usize) -> Result<BlockActivations> {
         let (_, hidden) = self.attention.query_key_value.extents();
-        BlockActivations {
-            input_layernorm: NormActivations::new(dtype, rows, hidden),
-            attention: self.attention.activations(dtype, rows),
-            y: Tensor::zeros(dtype, [rows, hidden]),
-            post_attention_layernorm: NormActivations::new(dtype, rows, hidden),
-            mlp: self.mlp.activations(dtype, rows),
-        }
+        Ok(BlockActivations {
+            input_layernorm: NormActivations::new(compute, rows, hidden)?,
+            attention: self.attention.activations(compute, rows)?,
+            y: compute.zeros([rows, hidden])?,
+            post_attention_layernorm: NormActivations::new(compute, rows, hidden)?,
+            mlp: self.mlp.activations(compute, rows)?,
+        })
     }
 
     /// `out [rows, hidden]` from `x`.
@@ -246,10 +252,10 @@ impl Block {
             .for_each_param(&format!("{name}.mlp.dense_4h_to_h"), f);
     }
 
-    pub(crate) fn for_each_param_mut(
-        &mut self,
+    pub(crate) fn for_each_param_mut<'a>(
+        &'a mut self,
         name: &str,
-        f: &mut dyn FnMut(&str, &mut Param) -> Result<()>,
+        f: &mut dyn FnMut(&str, &'a mut Param) -> Result<()>,
     ) -> Result<()> {
         self.input_layernorm
             .for_each_param_mut(&format!("{name}.input_layernorm"), f)?;
@@ -289,7 +295,10 @@ impl BlockActivations {
 /// `position * inv_freq_i` with `inv_freq_i = fp16(10000^(-2i / r))`, `i < r / 2`, `r = head_dim / 2`.
 ///
 /// Rounding the frequencies to fp16 is part of the official model in every precision; the angle is computed in f32.
-pub fn rope_tables(dtype: DType, head_dim: usize, count: usize) -> Tensor {
+///
+/// # Errors
+/// The device has no room.
+pub fn rope_tables(compute: Compute, head_dim: usize, count: usize) -> Result<Tensor> {
     let r = head_dim / 2;
     let mut table = Vec::with_capacity(count * r);
     for position in 0..count {
@@ -302,10 +311,35 @@ pub fn rope_tables(dtype: DType, head_dim: usize, count: usize) -> Tensor {
         table.extend(angles.iter().map(|a| a.cos() as f32));
         table.extend(angles.iter().map(|a| a.sin() as f32));
     }
-    Tensor::from_slice(&table, [count, r]).to_dtype(dtype)
+    Tensor::from_slice(&table, [count, r])
+        .to_dtype(compute.dtype.accumulator())
+        .into_device(compute.device)
 }
 
 /// Checks that a batch's spans fit its length, once, before any layer sees them.
 pub(crate) fn spans_fit(spans: &[Span], len: usize) -> bool {
     spans.iter().all(|s| s.start <= len && s.context <= len)
+}
+
+/// Checks the indices of a batch on the host, once, before they go to a device: there a wrong one could only make NaN.
+pub(crate) fn check_indices(
+    operation: &'static str,
+    name: &str,
+    indices: &[i32],
+    bound: usize,
+) -> Result<()> {
+    match indices.iter().find(|&&i| i < 0 || i as usize >= bound) {
+        None => Ok(()),
+        Some(i) => Err(Error::Shape {
+            operation,
+            found: format!("{name} {i}"),
+            expected: format!("{name} in 0..{bound}"),
+        }),
+    }
+}
+
+/// `(start, context)` of every span, as attention reads them.
+pub(crate) fn span_indices(spans: &[Span]) -> Vec<i32> {
+    let pairs = spans.iter().map(|s| [s.start as i32, s.context as i32]);
+    pairs.flatten().collect()
 }

@@ -8,9 +8,10 @@ use super::glm::Block;
 use crate::checkpoint::{Checkpoint, refuse_non_finite};
 use crate::error::{Error, Result};
 use crate::nn::{Attention, LayerNorm, Linear, Mlp, Param, Weight};
+use crate::ops;
 use crate::quant::{QuantTensor, QuantType};
 use crate::rng::Stream;
-use crate::tensor::{DType, Shape, Tensor};
+use crate::tensor::{Compute, DType, Device, Shape, Tensor};
 
 /// In which form the four linears of each block are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,8 +30,9 @@ pub enum Weights {
 /// How to load.
 #[derive(Debug, Clone, Copy)]
 pub struct LoadOptions {
-    /// F32, or F64 in gradient checks.
-    pub compute: DType,
+    /// Where the model will compute, and in which type: on the CPU F32, or F64 in gradient checks; on a CUDA device
+    /// BF16, F16 or F32.
+    pub compute: Compute,
     /// The form of the linears.
     pub weights: Weights,
 }
@@ -38,7 +40,7 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     fn default() -> Self {
         Self {
-            compute: DType::F32,
+            compute: Compute::cpu(DType::F32),
             weights: Weights::AsStored,
         }
     }
@@ -48,6 +50,11 @@ impl Default for LoadOptions {
 trait Source {
     fn tensor(&self, name: &str) -> Result<Tensor>;
     fn place(&self, name: &str) -> String;
+
+    /// The linear weight `name`, where it never was dense.
+    fn quantized(&self, _name: &str) -> Option<QuantTensor> {
+        None
+    }
 }
 
 impl Source for Checkpoint {
@@ -64,6 +71,16 @@ impl Source for Checkpoint {
 struct Initializer {
     seed: u64,
     names: BTreeMap<String, (usize, Shape)>,
+}
+
+impl Initializer {
+    fn new(config: &ModelConfig, seed: u64) -> Self {
+        let tensors = config.tensors().into_iter().enumerate();
+        Self {
+            seed,
+            names: tensors.map(|(i, (name, shape))| (name, (i, shape))).collect(),
+        }
+    }
 }
 
 impl Source for Initializer {
@@ -94,17 +111,58 @@ impl Source for Initializer {
     }
 }
 
+/// Weights that only have the right sizes and variances: random codes, and an embedding whose logits are small, so that
+/// the loss starts near the logarithm of the vocabulary.
+struct Synthesizer(Initializer);
+
+impl Source for Synthesizer {
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        let Some(&(number, shape)) = self
+            .0
+            .names
+            .get(name)
+            .filter(|_| name.ends_with("embeddings.weight"))
+        else {
+            return self.0.tensor(name);
+        };
+        // A random sign and mantissa on one exponent: f16 between 2^e and 2^(e + 1), about 2 / hidden.
+        let (_, hidden) = shape.rows_and_columns();
+        let exponent = 16 - hidden.ilog2().min(14) as u16;
+        let mut tensor = Tensor::zeros(DType::F16, shape);
+        Stream::new(self.0.seed, number as u64).fill(tensor.bytes_mut());
+        for bits in bytemuck::cast_slice_mut::<u8, u16>(tensor.bytes_mut()) {
+            *bits = (*bits & 0x83ff) | (exponent << 10);
+        }
+        Ok(tensor)
+    }
+
+    fn place(&self, name: &str) -> String {
+        name.to_string()
+    }
+
+    fn quantized(&self, name: &str) -> Option<QuantTensor> {
+        let &(number, shape) = self.0.names.get(name)?;
+        Some(QuantTensor::random(
+            shape,
+            Stream::new(self.0.seed, number as u64),
+        ))
+    }
+}
+
 struct Loader<'a, S> {
     source: &'a S,
     options: &'a LoadOptions,
 }
 
 impl<S: Source> Loader<'_, S> {
-    /// A small tensor (norm, bias) in the compute type; none of its numbers may be NaN or infinite.
+    /// A small tensor (norm, bias) in the type of sums; none of its numbers may be NaN or infinite.
     fn small(&self, name: &str) -> Result<Param> {
         let tensor = self.source.tensor(name)?;
         refuse_non_finite(&self.source.place(name), &tensor)?;
-        Ok(Param::frozen(tensor.to_dtype(self.options.compute)))
+        let Compute { device, dtype } = self.options.compute;
+        Ok(Param::frozen(
+            tensor.to_dtype(dtype.accumulator()).into_device(device)?,
+        ))
     }
 
     fn norm(&self, name: &str, eps: f64) -> Result<LayerNorm> {
@@ -116,13 +174,25 @@ impl<S: Source> Loader<'_, S> {
     }
 
     fn linear(&self, name: &str) -> Result<Linear> {
-        let weight_name = format!("{name}.weight");
-        let stored = self.source.tensor(&weight_name)?;
-        let weight = match (self.options.weights, stored.dtype()) {
-            (_, DType::U8) => Weight::Quant(Box::new(QuantTensor::from_bnb(&weight_name, |n| {
-                self.source.tensor(n)
-            })?)),
-            (Weights::AsStored, _) => Weight::Dense(self.large(&weight_name)?),
+        Ok(Linear {
+            weight: self.weight(&format!("{name}.weight"))?,
+            bias: Some(self.small(&format!("{name}.bias"))?),
+            lora: None,
+        })
+    }
+
+    fn weight(&self, name: &str) -> Result<Weight> {
+        let place = |weight| {
+            let weight = ops::place_quantized(weight, self.options.compute.device)?;
+            Ok(Weight::Quant(Box::new(weight)))
+        };
+        if let Some(weight) = self.source.quantized(name) {
+            return place(weight);
+        }
+        let stored = self.source.tensor(name)?;
+        match (self.options.weights, stored.dtype()) {
+            (_, DType::U8) => place(QuantTensor::from_bnb(name, |n| self.source.tensor(n))?),
+            (Weights::AsStored, _) => Ok(Weight::Dense(self.large(name)?)),
             (
                 Weights::Quantized {
                     quant_type,
@@ -130,30 +200,22 @@ impl<S: Source> Loader<'_, S> {
                 },
                 _,
             ) => {
-                let place = self.source.place(&weight_name);
-                Weight::Quant(Box::new(QuantTensor::quantize_named(
-                    &place,
-                    &stored,
-                    quant_type,
-                    double_quant,
-                )?))
+                let (place, device) = (self.source.place(name), self.options.compute.device);
+                let weight = ops::quantize(&place, &stored, quant_type, double_quant, device)?;
+                Ok(Weight::Quant(Box::new(weight)))
             }
-        };
-        Ok(Linear {
-            weight,
-            bias: Some(self.small(&format!("{name}.bias"))?),
-            lora: None,
-        })
+        }
     }
 
-    /// A tensor of any size, in place; one wider than the compute type cannot be decoded tile by tile and is rounded here.
+    /// A tensor of any size. On the CPU in place; one wider than the compute type cannot be decoded tile by tile and is
+    /// rounded here. A device gets a copy in the compute type.
     fn large(&self, name: &str) -> Result<Param> {
         let tensor = self.source.tensor(name)?;
-        let narrow = tensor.dtype().size() <= self.options.compute.size();
-        Ok(Param::frozen(if narrow {
-            tensor
-        } else {
-            tensor.to_dtype(self.options.compute)
+        let Compute { device, dtype } = self.options.compute;
+        Ok(Param::frozen(match device {
+            Device::Cuda(_) => tensor.to_device_as(device, dtype)?,
+            Device::Cpu if tensor.dtype().size() <= dtype.size() => tensor,
+            Device::Cpu => tensor.to_dtype(dtype),
         }))
     }
 
@@ -169,7 +231,7 @@ impl<S: Source> Loader<'_, S> {
             } else {
                 None
             },
-            dtype: self.options.compute,
+            compute: self.options.compute,
             config: config.clone(),
         })
     }
@@ -214,15 +276,25 @@ impl Model {
     /// # Errors
     /// The configuration contradicts itself.
     pub fn initialize(config: &ModelConfig, seed: u64, options: &LoadOptions) -> Result<Model> {
-        let names = config
-            .tensors()
-            .into_iter()
-            .enumerate()
-            .map(|(i, (name, shape))| (name, (i, shape)))
-            .collect();
         Loader {
-            source: &Initializer { seed, names },
+            source: &Initializer::new(config, seed),
             options,
+        }
+        .model(config, false)
+    }
+
+    /// A model to measure with: NF4 weights of random codes, random embedding, head tied. It has the bytes and the costs of
+    /// a real one, needs no checkpoint, and at most one tensor at a time lies in host memory on its way to a device.
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn synthetic(config: &ModelConfig, seed: u64, compute: Compute) -> Result<Model> {
+        Loader {
+            source: &Synthesizer(Initializer::new(config, seed)),
+            options: &LoadOptions {
+                compute,
+                weights: Weights::AsStored,
+            },
         }
         .model(config, false)
     }

@@ -17,14 +17,14 @@ use crate::error::Result;
 use crate::nn::{Keys, LayerNorm, Param};
 use crate::ops::{self, WeightRef};
 use crate::rng::Stream;
-use crate::tensor::{DType, Device, Tensor, check_memory};
+use crate::tensor::{Compute, DType, Device, Tensor, check_memory};
 use glm::{Block, BlockDropout};
 
 /// ChatGLM-6B, with or without adapters.
 #[derive(Debug)]
 pub struct Model {
     config: ModelConfig,
-    dtype: DType,
+    compute: Compute,
     embedding: Param,
     blocks: Vec<Block>,
     final_layernorm: LayerNorm,
@@ -56,12 +56,17 @@ impl Model {
 
     /// The compute type.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.compute.dtype
     }
 
     /// Where the model computes.
     pub fn device(&self) -> Device {
-        self.embedding.value.device()
+        self.compute.device
+    }
+
+    /// Where the model computes, and in which type.
+    pub fn compute(&self) -> Compute {
+        self.compute
     }
 
     /// The output matrix `[V, hidden]`.
@@ -93,7 +98,7 @@ impl Model {
     /// [`tune::apply`], since adapters have activations too.
     ///
     /// # Errors
-    /// Either is 0.
+    /// Either is 0, or there is not enough memory.
     pub fn workspace(&self, max_size: usize, max_len: usize) -> Result<Workspace> {
         if max_size == 0 || max_len == 0 {
             return Err(crate::error::Error::input(
@@ -106,12 +111,14 @@ impl Model {
         let config = self.config();
         // Per token and layer: two norms, query_key_value, context, dense and hidden; both sides of the GELU.
         let row = (config.num_layers + 6) * (8 * config.hidden_size + 2 * config.inner_hidden_size);
-        check_memory(
-            &format!("activations of {max_size} sequences of {max_len} tokens"),
-            (row * self.dtype().size()) as u128 * max_size as u128 * max_len as u128,
-            "lower --micro-batch-size or --max-length",
-        )?;
-        Ok(Workspace::new(self, max_size, max_len))
+        if self.device() == Device::Cpu {
+            check_memory(
+                &format!("activations of {max_size} sequences of {max_len} tokens"),
+                (row * self.dtype().size()) as u128 * max_size as u128 * max_len as u128,
+                "lower --micro-batch-size or --max-length",
+            )?;
+        }
+        Workspace::new(self, max_size, max_len)
     }
 
     /// Runs the batch through all blocks and the final norm, keeping every activation in `ws`.
@@ -143,12 +150,13 @@ impl Model {
             .forward(&ws.hidden[self.blocks.len()], &mut ws.final_layernorm)
     }
 
-    /// Logits of every position of the last [`Model::forward`], `[B S, V]`.
+    /// Logits of every position of the last [`Model::forward`], `[B S, V]`, in the type of sums.
     ///
     /// # Errors
-    /// Shapes do not fit.
+    /// The device has no room.
     pub fn logits(&self, ws: &Workspace) -> Result<Tensor> {
-        let mut logits = Tensor::zeros(self.dtype, [ws.final_hidden().extent(0), self.config.vocab_size]);
+        let rows = ws.final_hidden().extent(0);
+        let mut logits = self.compute.accumulators([rows, self.config.vocab_size])?;
         ops::linear(
             ws.final_hidden(),
             WeightRef::Dense(self.head()),
@@ -271,14 +279,16 @@ impl Model {
     }
 
     /// Sets every gradient to 0.
-    pub fn zero_gradients(&mut self) {
-        let visited = self.for_each_param_mut(&mut |_, param| {
-            if let Some(grad) = &mut param.grad {
-                grad.bytes_mut().fill(0);
-            }
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn zero_gradients(&mut self) -> Result<()> {
+        let mut gradients = Vec::new();
+        self.for_each_param_mut(&mut |_, param| {
+            gradients.extend(&mut param.grad);
             Ok(())
-        });
-        debug_assert!(visited.is_ok());
+        })?;
+        ops::zero_all(&mut gradients)
     }
 
     /// Visits every parameter in a fixed order, by its name in the checkpoint (adapters: by PEFT's name). Weights in 4
@@ -295,11 +305,28 @@ impl Model {
         }
     }
 
+    /// [`Model::for_each_param`] with something that can fail; stops at the first error.
+    ///
+    /// # Errors
+    /// Whatever `f` returns.
+    pub fn try_for_each_param<'a>(&'a self, f: &mut dyn FnMut(&str, &'a Param) -> Result<()>) -> Result<()> {
+        let mut result = Ok(());
+        self.for_each_param(&mut |name, param| {
+            if result.is_ok() {
+                result = f(name, param);
+            }
+        });
+        result
+    }
+
     /// [`Model::for_each_param`], to change them; stops at the first error.
     ///
     /// # Errors
     /// Whatever `f` returns.
-    pub fn for_each_param_mut(&mut self, f: &mut dyn FnMut(&str, &mut Param) -> Result<()>) -> Result<()> {
+    pub fn for_each_param_mut<'a>(
+        &'a mut self,
+        f: &mut dyn FnMut(&str, &'a mut Param) -> Result<()>,
+    ) -> Result<()> {
         f("transformer.word_embeddings.weight", &mut self.embedding)?;
         for (i, block) in self.blocks.iter_mut().enumerate() {
             block.for_each_param_mut(&format!("transformer.layers.{i}"), f)?;
@@ -318,7 +345,7 @@ impl Model {
         let mut bytes = 0;
         self.for_each_param(&mut |name, param| {
             if self.lm_head.is_none() || name != "transformer.word_embeddings.weight" {
-                bytes += param.value.bytes().len();
+                bytes += param.value.byte_len();
             }
         });
         for (_, linear) in self.blocks.iter().flat_map(Block::linears) {
@@ -330,12 +357,9 @@ impl Model {
     }
 
     /// The first activation of the last forward pass, in the order of computation, that holds a value that is not a
-    /// number or infinite; named after its module.
+    /// number or infinite; named after its module. A tensor that cannot be read counts as such.
     pub fn first_non_finite(&self, ws: &Workspace) -> Option<String> {
-        let bad = |tensor: &Tensor| match tensor.dtype() {
-            DType::F32 => tensor.as_slice::<f32>().iter().any(|x| !x.is_finite()),
-            _ => tensor.to_f64_vec().iter().any(|x| !x.is_finite()),
-        };
+        let bad = |tensor: &Tensor| !matches!(ops::non_finite(tensor), Ok(None));
         if bad(&ws.hidden[0]) {
             return Some("transformer.word_embeddings".to_string());
         }

@@ -10,7 +10,7 @@ use crate::checkpoint::{AdapterConfig, read_adapter, write_adapter};
 use crate::error::{Error, Result};
 use crate::nn::{Lora, Param, Weight};
 use crate::rng::Stream;
-use crate::tensor::{DType, Tensor, check_memory};
+use crate::tensor::{Compute, DType, Device, Tensor, check_memory};
 
 /// A linear of each block that can carry an adapter, by PEFT's module name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -128,7 +128,8 @@ pub fn apply(model: &mut Model, tuning: &Tuning, seed: u64) -> Result<()> {
                     "use 0 to 0.1",
                 ));
             }
-            let dtype = model.dtype();
+            let dtype = model.dtype().accumulator();
+            let device = model.device();
             let widths = model
                 .blocks
                 .iter()
@@ -160,8 +161,12 @@ pub fn apply(model: &mut Model, tuning: &Tuning, seed: u64) -> Result<()> {
                         .map(|i| (2.0 * stream.uniform(i) - 1.0) * bound)
                         .collect();
                     linear.lora = Some(Lora {
-                        a: Param::trainable(Tensor::from_slice(&a, [*r, input]).to_dtype(dtype)),
-                        b: Param::trainable(Tensor::zeros(dtype, [out, *r])),
+                        a: Param::trainable(
+                            Tensor::from_slice(&a, [*r, input])
+                                .to_dtype(dtype)
+                                .into_device(device)?,
+                        )?,
+                        b: Param::trainable(Tensor::zeros_on(device, dtype, [out, *r])?)?,
                         scale: lora_scale(*alpha, *r, *rslora),
                         dropout: *dropout as f32,
                     });
@@ -180,9 +185,22 @@ pub fn apply(model: &mut Model, tuning: &Tuning, seed: u64) -> Result<()> {
                     "use method qlora",
                 ));
             }
-            let dtype = model.dtype();
+            let Compute { device, dtype } = model.compute();
+            if dtype != dtype.accumulator() {
+                return Err(Error::input(
+                    "method full",
+                    format!("--dtype {dtype}"),
+                    "float32",
+                    "use --dtype fp32, or method lora",
+                ));
+            }
             model.for_each_param_mut(&mut |_, param| {
-                *param = Param::trainable(param.value.to_dtype(dtype));
+                // A copy: the frozen value may lie in a mapped file, or be shared.
+                let value = match param.value.dtype() == dtype {
+                    true => param.value.to_device(device)?,
+                    false => param.value.to_dtype(dtype).into_device(device)?,
+                };
+                *param = Param::trainable(value)?;
                 Ok(())
             })
         }
@@ -191,10 +209,18 @@ pub fn apply(model: &mut Model, tuning: &Tuning, seed: u64) -> Result<()> {
 
 /// Gives a model with a tied head an output matrix of its own, a copy of the embedding: the two then train apart. A model
 /// whose head is separate already stays as it is.
-pub fn untie_head(model: &mut Model) {
+///
+/// # Errors
+/// The device has no room.
+pub fn untie_head(model: &mut Model) -> Result<()> {
     if model.lm_head.is_none() {
-        model.lm_head = Some(model.embedding.clone());
+        let value = model.embedding.value.to_device(model.device())?;
+        model.lm_head = Some(match model.embedding.trains() {
+            true => Param::trainable(value)?,
+            false => Param::frozen(value),
+        });
     }
+    Ok(())
 }
 
 /// Puts the adapter of a PEFT folder into the model, to train on or only to use.
@@ -214,7 +240,7 @@ fn set_adapter(
     dir: &Path,
     trainable: bool,
 ) -> Result<()> {
-    let dtype = model.dtype();
+    let (dtype, device) = (model.dtype().accumulator(), model.device());
     let mut unused: BTreeSet<&str> = tensors.keys().map(String::as_str).collect();
     let wrong = |name: &str, found: String, expected: String| {
         let remedy = "this adapter belongs to another base model: give --model the base it was trained on";
@@ -260,16 +286,16 @@ fn set_adapter(
                 unused.remove(name.as_str());
             }
             let param = |t: &Tensor| {
-                let value = t.to_dtype(dtype);
+                let value = t.to_dtype(dtype).into_device(device)?;
                 if trainable {
                     Param::trainable(value)
                 } else {
-                    Param::frozen(value)
+                    Ok(Param::frozen(value))
                 }
             };
             linear.lora = Some(Lora {
-                a: param(a),
-                b: param(b),
+                a: param(a)?,
+                b: param(b)?,
                 scale: lora_scale(config.lora_alpha, r, config.use_rslora),
                 dropout: config.lora_dropout as f32,
             });
@@ -293,15 +319,19 @@ fn set_adapter(
     Ok(())
 }
 
-/// The adapter's tensors by PEFT name, in model order.
-pub fn adapter_tensors(model: &Model) -> Vec<(String, &Tensor)> {
+/// Copies of the adapter's tensors on the host by PEFT name, in model order.
+///
+/// # Errors
+/// They cannot be copied from the device.
+pub fn adapter_tensors(model: &Model) -> Result<Vec<(String, Tensor)>> {
     let mut tensors = Vec::new();
-    model.for_each_param(&mut |name, param| {
+    model.try_for_each_param(&mut |name, param| {
         if name.contains(".lora_") {
-            tensors.push((name.to_string(), &param.value));
+            tensors.push((name.to_string(), param.value.to_device(Device::Cpu)?));
         }
-    });
-    tensors
+        Ok(())
+    })?;
+    Ok(tensors)
 }
 
 /// Writes the adapter as a PEFT folder, in F32.
@@ -309,7 +339,7 @@ pub fn adapter_tensors(model: &Model) -> Vec<(String, &Tensor)> {
 /// # Errors
 /// The model has no adapter, or the folder cannot be written.
 pub fn save_adapter(model: &Model, dir: &Path, config: &AdapterConfig) -> Result<()> {
-    let tensors = adapter_tensors(model);
+    let tensors = adapter_tensors(model)?;
     if tensors.is_empty() {
         return Err(Error::input(
             dir.display(),
@@ -318,15 +348,10 @@ pub fn save_adapter(model: &Model, dir: &Path, config: &AdapterConfig) -> Result
             "train one first",
         ));
     }
-    let narrow: Vec<(String, Tensor)> = tensors
-        .iter()
-        .filter(|(_, t)| t.dtype() != DType::F32)
-        .map(|(n, t)| (n.clone(), t.to_dtype(DType::F32)))
+    let tensors: Vec<(String, Tensor)> = tensors
+        .into_iter()
+        .map(|(name, tensor)| (name, tensor.to_dtype(DType::F32)))
         .collect();
-    let borrowed: Vec<(String, &Tensor)> = if narrow.is_empty() {
-        tensors
-    } else {
-        narrow.iter().map(|(n, t)| (n.clone(), t)).collect()
-    };
+    let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
     write_adapter(dir, config, &borrowed)
 }

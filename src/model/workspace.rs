@@ -2,23 +2,29 @@
 
 use super::Model;
 use super::glm::{self, BackwardScratch, BlockActivations};
-use crate::data::batch::{Batch, IGNORE, Span};
+use crate::data::batch::{Batch, IGNORE};
 use crate::error::{Error, Result};
 use crate::nn::{NormActivations, Scratch};
 use crate::ops;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Logits of at most this many elements are held at once (64 MiB of f32); a larger vocabulary is taken in chunks.
 const LOGITS: usize = 1 << 24;
+
+/// How many logits the head of `rows` labelled rows holds at once.
+pub(crate) fn logits_elements(rows: usize, vocabulary: usize) -> usize {
+    (rows * vocabulary).min(LOGITS.max(rows))
+}
 
 /// The activations of one micro-batch and the buffers that forward and backward passes share.
 #[derive(Debug)]
 pub struct Workspace {
     max_size: usize,
     max_len: usize,
+    vocabulary: usize,
     pub(super) ids: Tensor,
     pub(super) positions: Tensor,
-    pub(super) spans: Vec<Span>,
+    pub(super) spans: Tensor,
     pub(super) labelled: Tensor,
     pub(super) targets: Tensor,
     pub(super) tables: Tensor,
@@ -46,9 +52,12 @@ pub(super) struct HeadBuffers {
 
 impl Workspace {
     /// Room for up to `max_size` sequences of up to `max_len` tokens.
-    pub(super) fn new(model: &Model, max_size: usize, max_len: usize) -> Self {
-        let config = model.config();
-        let (dtype, hidden, inner) = (model.dtype(), config.hidden_size, config.inner_hidden_size);
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub(super) fn new(model: &Model, max_size: usize, max_len: usize) -> Result<Self> {
+        let (config, compute) = (model.config(), model.compute());
+        let (hidden, inner) = (config.hidden_size, config.inner_hidden_size);
         let rows = max_size * max_len;
         let rank = model.max_rank();
         let dropped = if model.drops_out() {
@@ -56,40 +65,41 @@ impl Workspace {
         } else {
             0
         };
-        let logits = (rows * config.vocab_size).min(LOGITS.max(rows));
-        let plane = || Tensor::zeros(dtype, [rows, hidden]);
-        Self {
+        let logits = logits_elements(rows, config.vocab_size);
+        let plane = || compute.zeros([rows, hidden]);
+        Ok(Self {
             max_size,
             max_len,
-            ids: Tensor::zeros(DType::I32, [rows]),
-            positions: Tensor::zeros(DType::I32, [rows, 2]),
-            spans: Vec::with_capacity(max_size),
-            labelled: Tensor::zeros(DType::I32, [rows]),
-            targets: Tensor::zeros(DType::I32, [rows]),
+            vocabulary: config.vocab_size,
+            ids: compute.indices([rows])?,
+            positions: compute.indices([rows, 2])?,
+            spans: compute.indices([max_size, 2])?,
+            labelled: compute.indices([rows])?,
+            targets: compute.indices([rows])?,
             // Padding keeps counting positions, so they stay below the padded length; the block position of the last
             // token is at most the length itself.
-            tables: glm::rope_tables(dtype, config.head_dim(), max_len + 1),
-            hidden: (0..=config.num_layers).map(|_| plane()).collect(),
+            tables: glm::rope_tables(compute, config.head_dim(), max_len + 1)?,
+            hidden: (0..=config.num_layers).map(|_| plane()).collect::<Result<_>>()?,
             blocks: model
                 .blocks
                 .iter()
-                .map(|block| block.activations(dtype, rows))
-                .collect(),
-            final_layernorm: NormActivations::new(dtype, rows, hidden),
+                .map(|block| block.activations(compute, rows))
+                .collect::<Result<_>>()?,
+            final_layernorm: NormActivations::new(compute, rows, hidden)?,
             head: HeadBuffers {
-                x: plane(),
-                dx: plane(),
-                logits: Tensor::zeros(dtype, [logits]),
-                statistics: Tensor::zeros(dtype, [rows, ops::STATISTICS]),
+                x: plane()?,
+                dx: compute.accumulators([rows, hidden])?,
+                logits: compute.accumulators([logits])?,
+                statistics: compute.accumulators([rows, ops::STATISTICS])?,
             },
             scratch: Scratch {
-                dropped: Tensor::zeros(dtype, [dropped]),
-                du: Tensor::zeros(dtype, [rows, rank]),
+                dropped: compute.zeros([dropped])?,
+                du: compute.zeros([rows, rank])?,
             },
-            backward: BackwardScratch::new(dtype, rows, hidden, inner),
-            d: plane(),
-            d_norm: plane(),
-        }
+            backward: BackwardScratch::new(compute, rows, hidden, inner)?,
+            d: plane()?,
+            d_norm: plane()?,
+        })
     }
 
     /// Takes a batch over: checks it, uploads its indices, sizes the buffers.
@@ -112,28 +122,31 @@ impl Workspace {
                 ),
             });
         }
+        let positions = self.tables.extent(0);
+        glm::check_indices("Workspace::load", "token id", &batch.ids, self.vocabulary)?;
+        glm::check_indices("Workspace::load", "position", &batch.positions, positions)?;
         self.ids.resize([rows])?;
-        self.ids.as_mut_slice().copy_from_slice(&batch.ids);
+        self.ids.write(&batch.ids)?;
         self.positions.resize([rows, 2])?;
-        self.positions.as_mut_slice().copy_from_slice(&batch.positions);
-        self.spans.clear();
-        self.spans.extend_from_slice(&batch.spans);
+        self.positions.write(&batch.positions)?;
+        self.spans.resize([size, 2])?;
+        self.spans.write(&glm::span_indices(&batch.spans))?;
 
         let count = batch.supervised();
-        self.labelled.resize([count])?;
-        self.targets.resize([count])?;
-        let labelled = self.labelled.as_mut_slice::<i32>();
-        let targets = self.targets.as_mut_slice::<i32>();
-        let mut next = 0;
+        let (mut labelled, mut targets) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for (b, labels) in batch.labels.chunks_exact(len).enumerate() {
             for (t, &label) in labels[1..].iter().enumerate() {
                 if label != IGNORE {
-                    labelled[next] = (b * len + t) as i32;
-                    targets[next] = label;
-                    next += 1;
+                    labelled.push((b * len + t) as i32);
+                    targets.push(label);
                 }
             }
         }
+        glm::check_indices("Workspace::load", "label", &targets, self.vocabulary)?;
+        self.labelled.resize([count])?;
+        self.labelled.write(&labelled)?;
+        self.targets.resize([count])?;
+        self.targets.write(&targets)?;
         let (_, hidden) = self.hidden[0].shape().rows_and_columns();
         self.hidden[0].resize([rows, hidden])?;
         for tensor in [&mut self.head.x, &mut self.head.dx] {

@@ -1,11 +1,10 @@
 //! Self-attention with the prefix mask and 2-D rotary positions.
 
 use super::{Linear, LinearActivations, Scratch};
-use crate::data::batch::Span;
 use crate::error::Result;
 use crate::ops;
 use crate::rng::Stream;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Compute, Tensor};
 
 /// `dense(attention(rope(query_key_value(x))))`; rows of the qkv weight are interleaved per head: q, k, v of head 0, then
 /// of head 1, ...
@@ -51,8 +50,8 @@ pub enum Keys<'a> {
 /// What every layer needs to know of the batch.
 #[derive(Debug, Clone, Copy)]
 pub struct Geometry<'a> {
-    /// Visibility of each sequence.
-    pub spans: &'a [Span],
+    /// Visibility of each sequence, `[B, 2]`, I32: see [`crate::data::batch::Span`].
+    pub spans: &'a Tensor,
     /// `[rows, 2]`, I32.
     pub positions: &'a Tensor,
     /// Cosines and sines by position.
@@ -61,17 +60,20 @@ pub struct Geometry<'a> {
 
 impl Attention {
     /// Activations for up to `rows` rows.
-    pub fn activations(&self, dtype: DType, rows: usize) -> AttentionActivations {
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn activations(&self, compute: Compute, rows: usize) -> Result<AttentionActivations> {
         let (wide, hidden) = self.query_key_value.extents();
-        AttentionActivations {
-            qkv: Tensor::zeros(dtype, [rows, wide]),
-            context: Tensor::zeros(dtype, [rows, hidden]),
-            log_sum_exp: Tensor::zeros(dtype, [rows * self.heads]),
+        Ok(AttentionActivations {
+            qkv: compute.zeros([rows, wide])?,
+            context: compute.zeros([rows, hidden])?,
+            log_sum_exp: compute.accumulators([rows * self.heads])?,
             linear: [
-                self.query_key_value.activations(dtype, rows),
-                self.dense.activations(dtype, rows),
+                self.query_key_value.activations(compute, rows)?,
+                self.dense.activations(compute, rows)?,
             ],
-        }
+        })
     }
 
     /// `y = dense(…) + alpha * x`.
@@ -104,10 +106,19 @@ impl Attention {
             .forward(x, None, dropout[0], qkv_linear, scratch, qkv)?;
         ops::rope(qkv, geometry.positions, geometry.tables, self.heads, false)?;
         match keys {
-            Keys::Own => ops::attention(qkv, geometry.spans, self.heads, context, log_sum_exp)?,
+            Keys::Own => ops::attention(qkv, geometry.spans, None, self.heads, context, log_sum_exp)?,
             Keys::Cache { keys, values, past } => {
                 let cache = (keys, values);
-                ops::attention_cached(qkv, cache, past, geometry.spans, self.heads, context, log_sum_exp)?;
+                ops::attention_cached(
+                    qkv,
+                    cache,
+                    past,
+                    geometry.spans,
+                    None,
+                    self.heads,
+                    context,
+                    log_sum_exp,
+                )?;
             }
         }
         self.dense
@@ -154,6 +165,7 @@ impl Attention {
             context,
             log_sum_exp,
             geometry.spans,
+            None,
             self.heads,
             dqkv,
         )?;

@@ -2,10 +2,10 @@
 
 use super::Param;
 use crate::error::Result;
-use crate::ops::{self, WeightRef};
+use crate::ops::{self, Adapter, WeightRef};
 use crate::quant::QuantTensor;
 use crate::rng::Stream;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Compute, Tensor};
 
 /// The matrix of a linear layer, `[out, in]`.
 #[derive(Debug, Clone)]
@@ -80,13 +80,12 @@ impl Linear {
     }
 
     /// Activations for up to `rows` rows.
-    pub fn activations(&self, dtype: DType, rows: usize) -> LinearActivations {
-        LinearActivations {
-            u: self
-                .lora
-                .as_ref()
-                .map(|lora| Tensor::zeros(dtype, [rows, lora.rank()])),
-        }
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn activations(&self, compute: Compute, rows: usize) -> Result<LinearActivations> {
+        let u = self.lora.as_ref().map(|lora| compute.zeros([rows, lora.rank()]));
+        Ok(LinearActivations { u: u.transpose()? })
     }
 
     /// Does any parameter of the layer train?
@@ -109,27 +108,26 @@ impl Linear {
         scratch: &mut Scratch,
         y: &mut Tensor,
     ) -> Result<()> {
-        ops::linear(
-            x,
-            self.weight.as_ref(),
-            self.bias.as_ref().map(|b| &b.value),
-            residual,
-            y,
-        )?;
-        if let (Some(lora), Some(u)) = (&self.lora, &mut activations.u) {
-            u.resize([x.extent(0), lora.rank()])?;
-            let x = match dropout {
-                Some(stream) if lora.dropout > 0.0 => {
-                    scratch.dropped.resize(x.shape())?;
-                    ops::dropout(x, lora.dropout, stream, &mut scratch.dropped)?;
-                    &scratch.dropped
-                }
-                _ => x,
-            };
-            ops::matmul(1.0, (x, false), (&lora.a.value, true), 0.0, u)?;
-            ops::matmul(lora.scale, (u, false), (&lora.b.value, true), 1.0, y)?;
-        }
-        Ok(())
+        let (weight, bias) = (self.weight.as_ref(), self.bias.as_ref().map(|b| &b.value));
+        let (Some(lora), Some(u)) = (&self.lora, &mut activations.u) else {
+            return ops::linear(x, weight, bias, residual, y);
+        };
+        u.resize([x.extent(0), lora.rank()])?;
+        let seen = match dropout {
+            Some(stream) if lora.dropout > 0.0 => {
+                scratch.dropped.resize(x.shape())?;
+                ops::dropout(x, lora.dropout, stream, &mut scratch.dropped)?;
+                &scratch.dropped
+            }
+            _ => x,
+        };
+        ops::matmul(1.0, (seen, false), (&lora.a.value, true), 0.0, u)?;
+        let adapter = Adapter {
+            scale: lora.scale,
+            u,
+            matrix: &lora.b.value,
+        };
+        ops::linear_adapted(x, weight, bias, residual, adapter, y)
     }
 
     /// From `dy [M, out]`: adds the parameters' gradients, and writes `dx = dy W + … + alpha * residual` if asked for.
@@ -152,16 +150,27 @@ impl Linear {
         if let Some(Param { grad: Some(db), .. }) = &mut self.bias {
             ops::accumulate_column_sums(dy, db)?;
         }
-        if let Some(dx) = dx.as_deref_mut() {
-            ops::linear_backward_input(dy, self.weight.as_ref(), residual, dx)?;
-        }
+        let weight = self.weight.as_ref();
         let (Some(lora), Some(u)) = (&mut self.lora, &activations.u) else {
-            return Ok(());
+            return match dx {
+                Some(dx) => ops::linear_backward_input(dy, weight, residual, dx),
+                None => Ok(()),
+            };
         };
         let dropout = dropout.filter(|_| lora.dropout > 0.0);
         let Scratch { dropped, du } = scratch;
         du.resize([dy.extent(0), lora.rank()])?;
         ops::matmul(lora.scale, (dy, false), (&lora.b.value, false), 0.0, du)?;
+        let adapter = Adapter {
+            scale: 1.0,
+            u: du,
+            matrix: &lora.a.value,
+        };
+        match (dx.as_deref_mut(), dropout) {
+            (None, _) => {}
+            (Some(dx), None) => ops::linear_backward_input_adapted(dy, weight, residual, adapter, dx)?,
+            (Some(dx), Some(_)) => ops::linear_backward_input(dy, weight, residual, dx)?,
+        }
         if let Some(db) = &mut lora.b.grad {
             ops::matmul(lora.scale, (dy, true), (u, false), 1.0, db)?;
         }
@@ -176,14 +185,10 @@ impl Linear {
             };
             ops::matmul(1.0, (du, true), (x, false), 1.0, da)?;
         }
-        match (dx, dropout) {
-            (None, _) => {}
-            (Some(dx), None) => ops::matmul(1.0, (du, false), (&lora.a.value, false), 1.0, dx)?,
-            (Some(dx), Some(stream)) => {
-                dropped.resize(dx.shape())?;
-                ops::matmul(1.0, (du, false), (&lora.a.value, false), 0.0, dropped)?;
-                ops::accumulate_dropout(dropped, lora.dropout, stream, dx)?;
-            }
+        if let (Some(dx), Some(stream)) = (dx, dropout) {
+            dropped.resize(dx.shape())?;
+            ops::matmul(1.0, (du, false), (&lora.a.value, false), 0.0, dropped)?;
+            ops::accumulate_dropout(dropped, lora.dropout, stream, dx)?;
         }
         Ok(())
     }
@@ -203,10 +208,10 @@ impl Linear {
     }
 
     /// [`Linear::for_each_param`], to change them.
-    pub(crate) fn for_each_param_mut(
-        &mut self,
+    pub(crate) fn for_each_param_mut<'a>(
+        &'a mut self,
         name: &str,
-        f: &mut dyn FnMut(&str, &mut Param) -> Result<()>,
+        f: &mut dyn FnMut(&str, &'a mut Param) -> Result<()>,
     ) -> Result<()> {
         if let Weight::Dense(p) = &mut self.weight {
             f(&format!("{name}.weight"), p)?;

@@ -4,7 +4,7 @@ use super::{Linear, LinearActivations, Scratch};
 use crate::error::Result;
 use crate::ops;
 use crate::rng::Stream;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Compute, Tensor};
 
 /// `dense_4h_to_h(gelu(dense_h_to_4h(x)))`.
 #[derive(Debug, Clone)]
@@ -28,16 +28,19 @@ pub struct MlpActivations {
 
 impl Mlp {
     /// Activations for up to `rows` rows.
-    pub fn activations(&self, dtype: DType, rows: usize) -> MlpActivations {
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn activations(&self, compute: Compute, rows: usize) -> Result<MlpActivations> {
         let (inner, _) = self.dense_h_to_4h.extents();
-        MlpActivations {
-            inner: Tensor::zeros(dtype, [rows, inner]),
-            active: Tensor::zeros(dtype, [rows, inner]),
+        Ok(MlpActivations {
+            inner: compute.zeros([rows, inner])?,
+            active: compute.zeros([rows, inner])?,
             linear: [
-                self.dense_h_to_4h.activations(dtype, rows),
-                self.dense_4h_to_h.activations(dtype, rows),
+                self.dense_h_to_4h.activations(compute, rows)?,
+                self.dense_4h_to_h.activations(compute, rows)?,
             ],
-        }
+        })
     }
 
     /// `y = mlp(x) + alpha * x`.

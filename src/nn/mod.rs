@@ -14,14 +14,15 @@ pub use linear::{Linear, LinearActivations, Lora, Scratch, Weight};
 pub use mlp::{Mlp, MlpActivations};
 pub use norm::{LayerNorm, NormActivations};
 
+use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// A parameter. It trains if and only if it has a gradient.
 #[derive(Debug, Clone)]
 pub struct Param {
-    /// The value, in the compute type when it trains; a frozen one may lie in a mapped file in another type.
+    /// The value, in the type of sums when it trains; a frozen one may lie in a mapped file in another type.
     pub value: Tensor,
-    /// The gradient, of the value's type and shape.
+    /// The gradient, of the value's type, shape and device.
     pub grad: Option<Tensor>,
 }
 
@@ -32,12 +33,15 @@ impl Param {
     }
 
     /// A parameter that trains, its gradient 0.
-    pub fn trainable(value: Tensor) -> Self {
-        let grad = Tensor::zeros(value.dtype(), value.shape());
-        Self {
+    ///
+    /// # Errors
+    /// The device has no room for the gradient.
+    pub fn trainable(value: Tensor) -> Result<Self> {
+        let grad = Tensor::zeros_on(value.device(), value.dtype(), value.shape())?;
+        Ok(Self {
             value,
             grad: Some(grad),
-        }
+        })
     }
 
     /// Does it train?

@@ -3,7 +3,7 @@
 use super::Param;
 use crate::error::Result;
 use crate::ops;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Compute, Tensor};
 
 /// `y = (x - mean) / sqrt(var + eps) * weight + bias` over the last axis.
 #[derive(Debug, Clone)]
@@ -27,11 +27,14 @@ pub struct NormActivations {
 
 impl NormActivations {
     /// For up to `rows` rows of `features`.
-    pub fn new(dtype: DType, rows: usize, features: usize) -> Self {
-        Self {
-            y: Tensor::zeros(dtype, [rows, features]),
-            stats: Tensor::zeros(dtype, [rows, 2]),
-        }
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn new(compute: Compute, rows: usize, features: usize) -> Result<Self> {
+        Ok(Self {
+            y: compute.zeros([rows, features])?,
+            stats: compute.accumulators([rows, 2])?,
+        })
     }
 }
 
@@ -77,10 +80,10 @@ impl LayerNorm {
         f(&format!("{name}.bias"), &self.bias);
     }
 
-    pub(crate) fn for_each_param_mut(
-        &mut self,
+    pub(crate) fn for_each_param_mut<'a>(
+        &'a mut self,
         name: &str,
-        f: &mut dyn FnMut(&str, &mut Param) -> Result<()>,
+        f: &mut dyn FnMut(&str, &'a mut Param) -> Result<()>,
     ) -> Result<()> {
         f(&format!("{name}.weight"), &mut self.weight)?;
         f(&format!("{name}.bias"), &mut self.bias)

@@ -1,8 +1,9 @@
 //! Head and cross-entropy in one operation.
 
-use super::{WeightRef, check, check_elements, check_indices, mismatch, on_device, weight};
+use super::{WeightRef, check, check_index_tensor, check_indices, check_sums, mismatch, on_device, weight};
 use crate::cpu;
 use crate::cpu::real::Real;
+use crate::cuda;
 use crate::error::Result;
 use crate::tensor::{DType, Device, Tensor};
 
@@ -11,7 +12,7 @@ pub use crate::cpu::loss::STATISTICS;
 /// `Σ_r -ln softmax(x_r Wᵀ)[target_r]` over labelled rows `x [R, K]`, `w [V, K]`.
 ///
 /// `logits` is scratch of any size of at least R: the vocabulary is taken in chunks that fit. `statistics [R, 3]` is kept
-/// for [`head_loss_backward`].
+/// for [`head_loss_backward`]. Both are of the type of sums.
 ///
 /// # Errors
 /// Shapes or types do not fit, or a target lies outside the vocabulary.
@@ -24,23 +25,31 @@ pub fn head_loss(
 ) -> Result<f64> {
     let rows = targets.elements();
     let (v, k) = w.extents();
-    check(
-        "head_loss",
-        &[("x", x, rows, k), ("statistics", statistics, rows, STATISTICS)],
-    )?;
-    check_indices("head_loss", "target", targets.as_slice(), v)?;
-    check_scratch("head_loss", logits, rows)?;
+    check("head_loss", &[("x", x, rows, k)])?;
+    check_sums("head_loss", "statistics", statistics, rows * STATISTICS, x)?;
+    check_index_tensor("head_loss", "targets", targets, rows, x)?;
+    check_indices("head_loss", "target", targets, v)?;
+    w.check_device("head_loss", x.device())?;
+    check_scratch("head_loss", logits, rows, x)?;
     let loss = on_device!("head_loss", x, T => cpu::loss::forward(
         x.as_slice::<T>(),
         weight("head_loss", w)?,
         targets.as_slice(),
         logits.as_mut_slice(),
         statistics.as_mut_slice(),
-    ));
+    ), cuda => cuda::loss::head_loss(x, head(w), targets, logits, statistics));
     Ok(loss)
 }
 
-fn check_scratch(operation: &'static str, logits: &Tensor, rows: usize) -> Result<()> {
+fn head(w: WeightRef<'_>) -> cuda::loss::Head<'_> {
+    match w {
+        WeightRef::Dense(w) => cuda::loss::Head::Dense(w),
+        WeightRef::Quant(w) => cuda::loss::Head::Quant(w),
+    }
+}
+
+fn check_scratch(operation: &'static str, logits: &Tensor, rows: usize, x: &Tensor) -> Result<()> {
+    check_sums(operation, "logits", logits, logits.elements(), x)?;
     if logits.elements() >= rows {
         return Ok(());
     }
@@ -51,7 +60,8 @@ fn check_scratch(operation: &'static str, logits: &Tensor, rows: usize) -> Resul
     ))
 }
 
-/// The gradient of `scale *` [`head_loss`]: `dx [R, K]` is written, `dw [V, K]` (when the head trains) added to.
+/// The gradient of `scale *` [`head_loss`]: `dx [R, K]` is written, `dw [V, K]` (when the head trains) added to; both of
+/// the type of sums.
 ///
 /// `logits` must be as [`head_loss`] left it.
 ///
@@ -68,17 +78,20 @@ pub fn head_loss_backward(
 ) -> Result<()> {
     let rows = targets.elements();
     let (v, k) = w.extents();
-    check("head_loss_backward", &[("x", x, rows, k), ("dx", dx, rows, k)])?;
-    check_elements(
+    check("head_loss_backward", &[("x", x, rows, k)])?;
+    check_sums("head_loss_backward", "dx", dx, rows * k, x)?;
+    check_sums(
         "head_loss_backward",
         "statistics",
         statistics,
-        x.dtype(),
         rows * STATISTICS,
+        x,
     )?;
-    check_scratch("head_loss_backward", logits, rows)?;
+    check_index_tensor("head_loss_backward", "targets", targets, rows, x)?;
+    w.check_device("head_loss_backward", x.device())?;
+    check_scratch("head_loss_backward", logits, rows, x)?;
     if let Some(dw) = dw.as_deref() {
-        check("head_loss_backward", &[("x", x, rows, k), ("dw", dw, v, k)])?;
+        check_sums("head_loss_backward", "dw", dw, v * k, x)?;
     }
     on_device!("head_loss_backward", x, T => cpu::loss::backward(
         x.as_slice::<T>(),
@@ -88,6 +101,6 @@ pub fn head_loss_backward(
         logits.as_mut_slice(),
         statistics.as_slice(),
         cpu::loss::Gradients { dx: dx.as_mut_slice(), dweight: dw.map(Tensor::as_mut_slice) },
-    ));
+    ), cuda => cuda::loss::head_loss_backward(x, head(w), targets, scale, (logits, statistics), dx, dw));
     Ok(())
 }

@@ -2,24 +2,38 @@
 //!
 //! Conventions: activations are `[rows, features]` with `rows = B S`; a weight is `[out, in]` as in PyTorch. Outputs come
 //! last. An output is *written* unless its name says *accumulate* or its documentation *added to*: activation gradients
-//! are written, parameter gradients are added to. Compute is in the type of the activations (f32; f64 in gradient
-//! checks); a weight may be stored in another type and is then decoded tile by tile inside the product.
+//! are written, parameter gradients are added to.
+//!
+//! Compute is in the type of the activations: on the CPU f32, or f64 in gradient checks; on a CUDA device f32, f16 or
+//! bf16. Statistics, norms, biases, adapters and every gradient of a parameter are in the type of sums
+//! ([`DType::accumulator`]). On the CPU a weight may be stored in another type and is then decoded tile by tile inside
+//! the product; on a device dense weights are of the compute type.
+//!
+//! Indices (token ids, rows, positions) are checked here on the CPU. On a device they are checked before they are sent
+//! there ([`crate::model::Workspace`]); a kernel that meets a wrong one writes NaN.
 
 mod attention;
 mod linear;
 mod loss;
 mod optim;
 mod pointwise;
+mod quant;
 mod rows;
 
-pub use attention::{attention, attention_backward, attention_cached, rope};
-pub use linear::{Operand, accumulate_column_sums, linear, linear_backward_input, matmul};
+pub use attention::{Prefix, PrefixGradients, attention, attention_backward, attention_cached, rope};
+pub use linear::{
+    Adapter, Operand, accumulate_column_sums, linear, linear_adapted, linear_backward_input,
+    linear_backward_input_adapted, matmul,
+};
 pub use loss::{STATISTICS, head_loss, head_loss_backward};
-pub use optim::{AdamW, adamw, sum_of_squares};
+pub use optim::{
+    AdamW, AdamwSlot, adamw, adamw_all, non_finite, sum_of_squares, sum_of_squares_all, zero_all,
+};
 pub use pointwise::{
     accumulate_dropout, dropout, gelu, gelu_backward, layer_norm, layer_norm_backward_input,
     layer_norm_backward_parameters,
 };
+pub use quant::{dequantize, place_quantized, quantize};
 pub use rows::{embedding, embedding_backward, gather_rows, scatter_rows};
 
 use half::{bf16, f16};
@@ -30,19 +44,23 @@ use crate::error::{Error, Result};
 use crate::quant::{Absmax, QuantTensor};
 use crate::tensor::{DType, Device, Tensor};
 
-/// Runs `$body` with `$t` bound to the compute type of `$tensor`, on its device.
+/// Runs `$cpu` with `$t` bound to the compute type of `$tensor`, or `$cuda`, which returns a `Result`, on its device.
 macro_rules! on_device {
-    ($operation:literal, $tensor:expr, $t:ident => $body:expr) => {
+    ($operation:literal, $tensor:expr, $t:ident => $cpu:expr, cuda => $cuda:expr) => {
         match ($tensor.device(), $tensor.dtype()) {
             (Device::Cpu, DType::F32) => {
                 type $t = f32;
-                $body
+                $cpu
             }
             (Device::Cpu, DType::F64) => {
                 type $t = f64;
-                $body
+                $cpu
             }
-            (_, other) => return Err(mismatch($operation, other, "float32 or float64")),
+            (Device::Cuda(_), DType::F32 | DType::F16 | DType::BF16) => $cuda?,
+            (Device::Cpu, other) => return Err(mismatch($operation, other, "float32 or float64")),
+            (Device::Cuda(_), other) => {
+                return Err(mismatch($operation, other, "float32, float16 or bfloat16"));
+            }
         }
     };
 }
@@ -53,6 +71,7 @@ use on_device;
 pub fn pass<R: Send>(device: Device, f: impl FnOnce() -> R + Send) -> R {
     match device {
         Device::Cpu => cpu::parallel::attended(f),
+        Device::Cuda(_) => f(),
     }
 }
 
@@ -72,6 +91,14 @@ impl WeightRef<'_> {
             WeightRef::Dense(w) => w.shape().rows_and_columns(),
             WeightRef::Quant(w) => w.shape.rows_and_columns(),
         }
+    }
+
+    fn check_device(&self, operation: &'static str, device: Device) -> Result<()> {
+        let tensor = match self {
+            WeightRef::Dense(w) => w,
+            WeightRef::Quant(w) => &w.codes,
+        };
+        check_device(operation, "weight", tensor, device)
     }
 }
 
@@ -126,19 +153,55 @@ fn mismatch(operation: &'static str, found: impl ToString, expected: impl ToStri
     }
 }
 
-/// Checks one `(name, tensor, rows, columns)` after the other; all have the type of the first.
+/// Checks one `(name, tensor, rows, columns)` after the other; all have the type and the device of the first.
 fn check(operation: &'static str, tensors: &[(&str, &Tensor, usize, usize)]) -> Result<()> {
-    let dtype = tensors.first().map(|t| t.1.dtype());
+    let Some((_, first, ..)) = tensors.first() else {
+        return Ok(());
+    };
+    let (dtype, device) = (first.dtype(), first.device());
     for (name, tensor, rows, columns) in tensors {
-        if tensor.shape().rows_and_columns() != (*rows, *columns) || Some(tensor.dtype()) != dtype {
+        if tensor.shape().rows_and_columns() != (*rows, *columns) || tensor.dtype() != dtype {
             return Err(mismatch(
                 operation,
                 format!("{name} {} {}", tensor.dtype(), tensor.shape()),
-                format!("{name} {} [{rows}, {columns}]", dtype.unwrap_or(DType::F32)),
+                format!("{name} {dtype} [{rows}, {columns}]"),
             ));
         }
+        check_device(operation, name, tensor, device)?;
     }
     Ok(())
+}
+
+fn check_device(operation: &'static str, name: &str, tensor: &Tensor, device: Device) -> Result<()> {
+    if tensor.device() == device {
+        return Ok(());
+    }
+    let found = format!("{name} on {}", tensor.device());
+    Err(mismatch(operation, found, format!("{name} on {device}")))
+}
+
+/// [`check`] of one tensor of the type of sums, beside `of` of the compute type.
+fn check_sums(
+    operation: &'static str,
+    name: &str,
+    tensor: &Tensor,
+    elements: usize,
+    of: &Tensor,
+) -> Result<()> {
+    check_device(operation, name, tensor, of.device())?;
+    check_elements(operation, name, tensor, of.dtype().accumulator(), elements)
+}
+
+/// [`check`] of one tensor of indices, beside `of` of the compute type.
+fn check_index_tensor(
+    operation: &'static str,
+    name: &str,
+    tensor: &Tensor,
+    elements: usize,
+    of: &Tensor,
+) -> Result<()> {
+    check_device(operation, name, tensor, of.device())?;
+    check_elements(operation, name, tensor, DType::I32, elements)
 }
 
 fn check_elements(
@@ -159,9 +222,16 @@ fn check_elements(
     ))
 }
 
-/// Every index lies in `0..bound`.
-fn check_indices(operation: &'static str, name: &str, indices: &[i32], bound: usize) -> Result<()> {
-    match indices.iter().find(|&&i| i < 0 || i as usize >= bound) {
+/// Every index lies in `0..bound`; not checked on a device.
+fn check_indices(operation: &'static str, name: &str, indices: &Tensor, bound: usize) -> Result<()> {
+    if indices.device() != Device::Cpu {
+        return Ok(());
+    }
+    match indices
+        .as_slice::<i32>()
+        .iter()
+        .find(|&&i| i < 0 || i as usize >= bound)
+    {
         None => Ok(()),
         Some(i) => Err(mismatch(
             operation,

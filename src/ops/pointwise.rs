@@ -1,11 +1,11 @@
 //! Normalisation, activation and dropout.
 
-use super::{check, check_elements, mismatch, on_device};
-use crate::cpu;
+use super::{check, check_device, check_elements, check_sums, mismatch, on_device};
 use crate::cpu::real::Real;
 use crate::error::Result;
 use crate::rng::Stream;
 use crate::tensor::{DType, Device, Tensor};
+use crate::{cpu, cuda};
 
 /// LayerNorm of each row of `x [M, N]`: `y = (x - mean) rstd w + b`; `stats [M, 2]` keeps mean and `rstd`.
 ///
@@ -20,12 +20,10 @@ pub fn layer_norm(
     stats: &mut Tensor,
 ) -> Result<()> {
     let (m, n) = x.shape().rows_and_columns();
-    check(
-        "layer_norm",
-        &[("x", x, m, w.elements()), ("y", y, m, n), ("stats", stats, m, 2)],
-    )?;
-    check_elements("layer_norm", "bias", b, w.dtype(), n)?;
-    check_elements("layer_norm", "weight", w, x.dtype(), n)?;
+    check("layer_norm", &[("x", x, m, w.elements()), ("y", y, m, n)])?;
+    check_sums("layer_norm", "stats", stats, 2 * m, x)?;
+    check_sums("layer_norm", "bias", b, n, x)?;
+    check_sums("layer_norm", "weight", w, n, x)?;
     on_device!("layer_norm", x, T => cpu::norm::forward(
         x.as_slice::<T>(),
         w.as_slice(),
@@ -33,7 +31,7 @@ pub fn layer_norm(
         T::of(eps),
         y.as_mut_slice(),
         stats.as_mut_slice(),
-    ));
+    ), cuda => cuda::norm::layer_norm(x, w, b, eps, y, stats));
     Ok(())
 }
 
@@ -51,21 +49,17 @@ pub fn layer_norm_backward_input(
     let (m, n) = x.shape().rows_and_columns();
     check(
         "layer_norm_backward_input",
-        &[
-            ("x", x, m, n),
-            ("dy", dy, m, n),
-            ("dx", dx, m, n),
-            ("stats", stats, m, 2),
-        ],
+        &[("x", x, m, n), ("dy", dy, m, n), ("dx", dx, m, n)],
     )?;
-    check_elements("layer_norm_backward_input", "weight", w, x.dtype(), n)?;
+    check_sums("layer_norm_backward_input", "stats", stats, 2 * m, x)?;
+    check_sums("layer_norm_backward_input", "weight", w, n, x)?;
     on_device!("layer_norm_backward_input", x, T => cpu::norm::backward_input(
         dy.as_slice::<T>(),
         x.as_slice(),
         w.as_slice(),
         stats.as_slice(),
         dx.as_mut_slice(),
-    ));
+    ), cuda => cuda::norm::layer_norm_backward_input(dy, x, w, stats, dx));
     Ok(())
 }
 
@@ -83,18 +77,25 @@ pub fn layer_norm_backward_parameters(
     let (m, n) = x.shape().rows_and_columns();
     check(
         "layer_norm_backward_parameters",
-        &[("x", x, m, n), ("dy", dy, m, n), ("stats", stats, m, 2)],
+        &[("x", x, m, n), ("dy", dy, m, n)],
     )?;
-    check_elements("layer_norm_backward_parameters", "dw", dw, x.dtype(), n)?;
-    check_elements("layer_norm_backward_parameters", "db", db, x.dtype(), n)?;
+    check_sums("layer_norm_backward_parameters", "stats", stats, 2 * m, x)?;
+    check_sums("layer_norm_backward_parameters", "dw", dw, n, x)?;
+    check_sums("layer_norm_backward_parameters", "db", db, n, x)?;
     on_device!("layer_norm_backward_parameters", x, T => cpu::norm::accumulate_parameters(
         dy.as_slice::<T>(),
         x.as_slice(),
         stats.as_slice(),
         dw.as_mut_slice(),
         db.as_mut_slice(),
-    ));
+    ), cuda => cuda::norm::layer_norm_backward_parameters(dy, x, stats, dw, db));
     Ok(())
+}
+
+/// `tensor` is as `like` is: number, type and device.
+fn check_same(operation: &'static str, name: &str, tensor: &Tensor, like: &Tensor) -> Result<()> {
+    check_device(operation, name, tensor, like.device())?;
+    check_elements(operation, name, tensor, like.dtype(), like.elements())
 }
 
 /// `y = 0.5 x (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))`.
@@ -102,8 +103,8 @@ pub fn layer_norm_backward_parameters(
 /// # Errors
 /// Shapes or types do not fit.
 pub fn gelu(x: &Tensor, y: &mut Tensor) -> Result<()> {
-    check_elements("gelu", "y", y, x.dtype(), x.elements())?;
-    on_device!("gelu", x, T => cpu::activation::gelu(x.as_slice::<T>(), y.as_mut_slice()));
+    check_same("gelu", "y", y, x)?;
+    on_device!("gelu", x, T => cpu::activation::gelu(x.as_slice::<T>(), y.as_mut_slice()), cuda => cuda::pointwise::gelu(x, y));
     Ok(())
 }
 
@@ -112,8 +113,8 @@ pub fn gelu(x: &Tensor, y: &mut Tensor) -> Result<()> {
 /// # Errors
 /// Shapes or types do not fit.
 pub fn gelu_backward(x: &Tensor, d: &mut Tensor) -> Result<()> {
-    check_elements("gelu_backward", "d", d, x.dtype(), x.elements())?;
-    on_device!("gelu_backward", x, T => cpu::activation::gelu_backward(x.as_slice::<T>(), d.as_mut_slice()));
+    check_same("gelu_backward", "d", d, x)?;
+    on_device!("gelu_backward", x, T => cpu::activation::gelu_backward(x.as_slice::<T>(), d.as_mut_slice()), cuda => cuda::pointwise::gelu_backward(x, d));
     Ok(())
 }
 
@@ -123,8 +124,8 @@ pub fn gelu_backward(x: &Tensor, d: &mut Tensor) -> Result<()> {
 /// # Errors
 /// Shapes or types do not fit.
 pub fn dropout(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()> {
-    check_elements("dropout", "y", y, x.dtype(), x.elements())?;
-    on_device!("dropout", x, T => cpu::activation::dropout(x.as_slice::<T>(), p, stream, false, y.as_mut_slice()));
+    check_same("dropout", "y", y, x)?;
+    on_device!("dropout", x, T => cpu::activation::dropout(x.as_slice::<T>(), p, stream, false, y.as_mut_slice()), cuda => cuda::pointwise::dropout(x, p, stream, false, y));
     Ok(())
 }
 
@@ -133,9 +134,9 @@ pub fn dropout(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()>
 /// # Errors
 /// Shapes or types do not fit.
 pub fn accumulate_dropout(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()> {
-    check_elements("accumulate_dropout", "y", y, x.dtype(), x.elements())?;
+    check_same("accumulate_dropout", "y", y, x)?;
     on_device!("accumulate_dropout", x, T => {
         cpu::activation::dropout(x.as_slice::<T>(), p, stream, true, y.as_mut_slice());
-    });
+    }, cuda => cuda::pointwise::dropout(x, p, stream, true, y));
     Ok(())
 }

@@ -44,7 +44,7 @@ pub static FP4: [f32; 16] = [
 ];
 
 /// A table in ascending order with the midpoints between neighbours: what quantising needs.
-pub(super) struct Ranks {
+pub(crate) struct Ranks {
     /// `order[rank]` is the code of the table's `rank`-th smallest value.
     pub order: [u8; 16],
     /// `midpoints[r]` lies half-way between rank `r` and `r + 1`, rounded to f32 as bitsandbytes does; a value belongs

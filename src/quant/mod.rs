@@ -9,6 +9,7 @@ mod blockwise;
 mod bnb;
 mod code;
 mod nested;
+mod random;
 
 use half::{bf16, f16};
 
@@ -47,6 +48,19 @@ impl QuantType {
             QuantType::Fp4 => &FP4,
         }
     }
+
+    /// The table in ascending order with its midpoints: what quantising needs.
+    pub(crate) fn ranks(self) -> &'static code::Ranks {
+        match self {
+            QuantType::Nf4 => &code::NF4_RANKS,
+            QuantType::Fp4 => &code::FP4_RANKS,
+        }
+    }
+}
+
+/// What the 8-bit codes of double quantisation mean: bitsandbytes' signed dynamic map, ascending.
+pub(crate) fn nested_map() -> &'static [f32; 256] {
+    &code::DYNAMIC
 }
 
 impl std::fmt::Display for QuantType {
@@ -137,14 +151,15 @@ impl QuantTensor {
                 "give the whole checkpoint",
             ));
         }
-        let ranks = match quant_type {
-            QuantType::Nf4 => &code::NF4_RANKS,
-            QuantType::Fp4 => &code::FP4_RANKS,
-        };
         let mut codes = Tensor::zeros(DType::U8, [n.div_ceil(2)]);
         let mut flat = Tensor::zeros(DType::F32, [n.div_ceil(BLOCK)]);
         let source_elements = source.as_slice::<T>();
-        blockwise::quantize(source_elements, ranks, codes.as_mut_slice(), flat.as_mut_slice());
+        blockwise::quantize(
+            source_elements,
+            quant_type.ranks(),
+            codes.as_mut_slice(),
+            flat.as_mut_slice(),
+        );
         refuse_non_finite(place, source_elements, source.shape(), flat.as_slice())?;
         let absmax = if double_quant {
             Absmax::nested(place, flat.as_slice())?
@@ -194,12 +209,12 @@ impl QuantTensor {
     /// Bytes of codes and scales.
     pub fn bytes(&self) -> usize {
         let scales = match &self.absmax {
-            Absmax::Flat(absmax) => absmax.bytes().len(),
+            Absmax::Flat(absmax) => absmax.byte_len(),
             Absmax::Nested {
                 codes, nested_absmax, ..
-            } => codes.bytes().len() + nested_absmax.bytes().len(),
+            } => codes.byte_len() + nested_absmax.byte_len(),
         };
-        self.codes.bytes().len() + scales
+        self.codes.byte_len() + scales
     }
 }
 
