@@ -50,6 +50,8 @@ pub struct RunConfig {
     pub data: PathBuf,
     pub output: PathBuf,
     pub method: Method,
+    pub device: String,
+    pub dtype: String,
 
     pub lora_r: usize,
     /// `None`: twice `lora_r`.
@@ -116,6 +118,8 @@ impl Default for RunConfig {
             data: PathBuf::new(),
             output: PathBuf::new(),
             method: Method::Qlora,
+            device: "auto".into(),
+            dtype: "auto".into(),
             lora_r: 8,
             lora_alpha: None,
             lora_dropout: 0.0,
@@ -162,10 +166,13 @@ impl Default for RunConfig {
 }
 
 /// Keys that may change when a run is resumed: they move files or say how often something is reported, and change no
-/// number of the training. What lies at `model` and `data` is compared by content instead.
-const FREE_ON_RESUME: [&str; 10] = [
+/// number of the training. What lies at `model` and `data` is compared by content instead, `device` and `dtype` by what
+/// they came to.
+const FREE_ON_RESUME: [&str; 12] = [
     "model",
     "data",
+    "device",
+    "dtype",
     "output",
     "cache_dir",
     "eval_data",

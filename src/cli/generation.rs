@@ -6,13 +6,13 @@ use clap::{Args, ValueEnum};
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::{is_quantized, open_or_quantize};
+use crate::compute;
 use crate::config::{Method, RunConfig};
 use crate::data::template;
 use crate::error::{Error, Result};
 use crate::generate::GenerationConfig;
 use crate::model::{LoadOptions, Model, Weights, tune};
 use crate::quant::QuantType;
-use crate::tensor::DType;
 use crate::tokenizer::Tokenizer;
 use crate::train::{Checkpoints, RunState, of_weights, preparing_weights};
 
@@ -38,6 +38,12 @@ pub struct ModelArgs {
     /// Hold the base weights as stored or in 4 bits [default: as the adapter was trained]
     #[arg(long, value_name = "HOW")]
     pub load_in: Option<LoadIn>,
+    /// Where to compute: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: String,
+    /// Compute type on a CUDA device: auto (bf16, fp16 before compute capability 8.0), bf16, fp16 or fp32
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
+    pub dtype: String,
     /// Keep the 4-bit copy of the base here instead of in its own folder
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
@@ -106,6 +112,7 @@ pub fn load(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
         Some(dir) => TrainedOn::read(dir)?,
         None => TrainedOn::default(),
     };
+    let compute = compute::choose(&args.device, &args.dtype)?;
     let tokenizer = Tokenizer::open(&args.model)?;
     let load_in = args.load_in.unwrap_or(if run.four_bits {
         LoadIn::FourBit
@@ -141,11 +148,15 @@ pub fn load(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
     let mut model = Model::load(
         &checkpoint,
         &LoadOptions {
-            compute: DType::F32,
+            compute,
             weights: Weights::AsStored,
         },
     )?;
-    eprintln!("model: {} {how}", args.model.display());
+    eprintln!(
+        "model: {} {how}; computing on: {}",
+        args.model.display(),
+        compute::describe(compute)?
+    );
     if let Some(dir) = &args.adapter {
         let config = tune::load_adapter(&mut model, dir, false)?;
         eprintln!(

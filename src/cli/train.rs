@@ -31,6 +31,12 @@ pub struct TrainArgs {
     /// qlora: LoRA on 4-bit weights; lora: LoRA on the weights as stored (ptuning, freeze, full: not yet) [default: qlora]
     #[arg(long, value_parser = ["qlora", "lora", "ptuning", "freeze", "full"], hide_possible_values = true)]
     method: Option<String>,
+    /// Where to compute: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N [default: auto]
+    #[arg(long, value_name = "DEVICE", help_heading = "Machine")]
+    device: Option<String>,
+    /// Compute type on a CUDA device: auto (bf16, fp16 before compute capability 8.0), bf16, fp16 or fp32 [default: auto]
+    #[arg(long, value_name = "TYPE", help_heading = "Machine")]
+    dtype: Option<String>,
     /// Read flags from this file first, e.g. the run.toml of an earlier run; flags given here override it
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]

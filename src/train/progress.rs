@@ -1,5 +1,6 @@
 //! What the user sees of a run: a bar on a terminal, plain lines elsewhere. Everything goes to stderr.
 
+use super::LossScale;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,8 @@ pub struct StepLine {
     pub learning_rate: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
+    /// Loss scaling, in fp16.
+    pub loss_scale: Option<LossScale>,
     /// Tokens per second, padding not counted, of late.
     pub tokens_per_second: f64,
 }
@@ -63,8 +66,11 @@ impl Progress {
             .elapsed()
             .div_f64(done as f64)
             .mul_f64(self.total.saturating_sub(line.step) as f64);
+        let scale = line.loss_scale.map_or(String::new(), |s| {
+            format!("  scale {} ({} overflows)", s.scale, s.overflows)
+        });
         let text = format!(
-            "loss {:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
+            "loss {:.4}  lr {:.2e}{scale}  {:.0} tokens/s  {} left",
             line.loss,
             line.learning_rate,
             line.tokens_per_second,

@@ -10,13 +10,14 @@ use super::{
 };
 use crate::checkpoint::quantized::open_or_quantize;
 use crate::checkpoint::{Checkpoint, LM_HEAD};
+use crate::compute;
 use crate::config::{Method, RunConfig};
 use crate::error::{Error, Result};
 use crate::model::{LoadOptions, Model, Weights, tune};
 use crate::optim::AdamWConfig;
 use crate::quant::QuantType;
 use crate::schedule::{Schedule, warmup_steps};
-use crate::tensor::DType;
+use crate::tensor::{Compute, Device};
 use crate::tokenizer::Tokenizer;
 
 /// What a finished run achieved.
@@ -43,6 +44,7 @@ pub fn run(config: &RunConfig, interrupt: &Interrupt) -> Result<Summary> {
     let started = Instant::now();
     let mut folder = RunFolder::check(config)?;
     let tuning = tuning(config)?;
+    let compute = compute::choose(&config.device, &config.dtype)?;
 
     let source = Checkpoint::open(&config.model)?;
     source.validate()?;
@@ -58,9 +60,17 @@ pub fn run(config: &RunConfig, interrupt: &Interrupt) -> Result<Summary> {
     let total_steps = total_steps(config, inputs.steps_per_epoch());
     let base = fingerprint::of_weights(&source)?;
     drop(source);
-    let state = RunState::new(total_steps, inputs.fingerprint(), base, config.decisive());
+    let mut decisive = config.decisive();
+    let on = match compute.device {
+        Device::Cpu => "cpu",
+        Device::Cuda(_) => "cuda",
+    };
+    decisive.insert("device".into(), on.into());
+    decisive.insert("dtype".into(), compute.dtype.name().into());
+    let state = RunState::new(total_steps, inputs.fingerprint(), base, decisive);
     let from = folder.resume_from(&state)?;
-    let mut model = load(config, interrupt)?;
+    eprintln!("computing on: {}", compute::describe(compute)?);
+    let mut model = load(config, compute, interrupt)?;
     match &from {
         None => tune::apply(&mut model, &tuning, config.seed)?,
         Some(checkpoint) => {
@@ -141,9 +151,9 @@ fn options(config: &RunConfig, total_steps: u64) -> Options {
 }
 
 /// The frozen weights: for QLoRA the 4-bit copy of the checkpoint, made now if there is none.
-fn load(config: &RunConfig, interrupt: &Interrupt) -> Result<Model> {
+fn load(config: &RunConfig, compute: Compute, interrupt: &Interrupt) -> Result<Model> {
     let options = LoadOptions {
-        compute: DType::F32,
+        compute,
         weights: Weights::AsStored,
     };
     if config.method == Method::Lora {
@@ -169,11 +179,13 @@ fn load(config: &RunConfig, interrupt: &Interrupt) -> Result<Model> {
     Model::load(&checkpoint, &options)
 }
 
-/// The optimizer's state of a checkpoint.
+/// The optimizer's state of a checkpoint, and the loss scale.
 fn load_optimizer(trainer: &mut Trainer, checkpoint: &Path) -> Result<()> {
     let path = checkpoint.join(OPTIMIZER);
     trainer.optimizer_mut().load(&path)?;
-    let (found, expected) = (trainer.steps(), RunState::read(checkpoint)?.step);
+    let state = RunState::read(checkpoint)?;
+    trainer.set_loss_scale(state.loss_scale);
+    let (found, expected) = (trainer.steps(), state.step);
     if found != expected {
         let expected = format!("step {expected} as in state.json");
         return Err(Error::input(

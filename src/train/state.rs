@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::LossScale;
 use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
 
@@ -32,6 +33,9 @@ pub struct RunState {
     pub data: String,
     /// Fingerprint of the base weights.
     pub base: String,
+    /// Loss scaling, of a run in fp16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// The keys of the configuration that decide the numbers.
     pub config: Map<String, Value>,
 }
@@ -45,6 +49,7 @@ impl RunState {
             total_steps,
             data,
             base,
+            loss_scale: None,
             config,
         }
     }

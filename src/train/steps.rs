@@ -7,13 +7,15 @@ use serde_json::{Map, Value};
 
 use super::run::Summary;
 use super::{
-    Inputs, Interrupt, Metrics, OPTIMIZER, Progress, RunFolder, RunState, StepLine, StepReport, Trainer,
+    Inputs, Interrupt, LossScale, Metrics, OPTIMIZER, Progress, RunFolder, RunState, StepLine, StepReport,
+    Trainer,
 };
 use crate::checkpoint::{AdapterConfig, read_adapter};
 use crate::config::RunConfig;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::model::{Model, tune};
+use crate::tensor::Tensor;
 
 /// A run, ready for its next step.
 pub(super) struct Run<'a> {
@@ -86,7 +88,7 @@ impl Run<'_> {
         let dir = folder.dir();
         tune::save_adapter(&model, dir, &adapter_config(config))?;
         verify_adapter(&model, dir)?;
-        if let Some(warning) = zero_update(&model) {
+        if let Some(warning) = zero_update(&tune::adapter_tensors(&model)?) {
             eprintln!("warning: {warning}");
         }
         Ok(Summary {
@@ -124,6 +126,7 @@ impl Run<'_> {
         // Checked here and not in each step: what is not finite now makes the next loss NaN, but must not be kept.
         self.trainer.check_finite()?;
         self.state.step = step;
+        self.state.loss_scale = self.trainer.loss_scale();
         let (trainer, adapter) = (&self.trainer, adapter_config(self.config));
         self.folder.checkpoints().save(&self.state, |dir| {
             tune::save_adapter(trainer.model(), dir, &adapter)?;
@@ -138,6 +141,7 @@ impl Run<'_> {
             loss: report.loss,
             learning_rate: report.learning_rate,
             grad_norm: report.grad_norm,
+            loss_scale: report.loss_scale,
             tokens_per_second,
         }
     }
@@ -167,6 +171,10 @@ fn metrics_row(
         ("supervised_tokens", report.supervised.into()),
         ("tokens_per_second", line.tokens_per_second.round().into()),
     ]);
+    if let Some(LossScale { scale, overflows, .. }) = report.loss_scale {
+        row.insert("loss_scale".into(), scale.into());
+        row.insert("overflows".into(), overflows.into());
+    }
     if let Some(loss) = eval_loss {
         row.insert("eval_loss".into(), loss.into());
     }
@@ -195,7 +203,7 @@ fn adapter_config(config: &RunConfig) -> AdapterConfig {
 /// Reads the written adapter back and compares it with memory, bit by bit.
 fn verify_adapter(model: &Model, dir: &Path) -> Result<()> {
     let (_, mut written) = read_adapter(dir)?;
-    for (name, tensor) in tune::adapter_tensors(model) {
+    for (name, tensor) in tune::adapter_tensors(model)? {
         let same = written
             .remove(&name)
             .is_some_and(|w| w.shape() == tensor.shape() && w.bytes() == tensor.bytes());
@@ -214,8 +222,7 @@ fn verify_adapter(model: &Model, dir: &Path) -> Result<()> {
 }
 
 /// A warning when some adapter pair changes nothing: its B is zero throughout.
-fn zero_update(model: &Model) -> Option<String> {
-    let tensors = tune::adapter_tensors(model);
+fn zero_update(tensors: &[(String, Tensor)]) -> Option<String> {
     let all = tensors
         .iter()
         .filter(|(name, _)| name.contains(".lora_B."))

@@ -2,13 +2,16 @@
 
 use std::borrow::Borrow;
 
+use super::LossScale;
 use crate::config::LossReduction;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::model::{Model, Workspace};
-use crate::optim::{AdamW, AdamWConfig, GradientNorm, clip_factor};
+use crate::ops;
+use crate::optim::{AdamW, AdamWConfig, clip_factor};
 use crate::rng::Stream;
 use crate::schedule::Schedule;
+use crate::tensor::{DType, Device, Tensor};
 
 /// Keeps the dropout masks apart from everything else that is drawn from the same seed.
 const DROPOUT: u64 = 0x6472_6f70_6f75_7400;
@@ -41,6 +44,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// The learning rate of this step.
     pub learning_rate: f64,
+    /// Loss scaling after this step, in fp16.
+    pub loss_scale: Option<LossScale>,
 }
 
 /// A model with its optimizer. All memory of a step is reserved by [`Trainer::new`].
@@ -49,6 +54,7 @@ pub struct Trainer {
     optimizer: AdamW,
     workspace: Workspace,
     options: Options,
+    loss_scale: Option<LossScale>,
 }
 
 impl Trainer {
@@ -58,7 +64,7 @@ impl Trainer {
     /// No parameter of the model trains, or the activations cannot be reserved.
     pub fn new(model: Model, options: Options, max_size: usize, max_len: usize) -> Result<Self> {
         let mut optimizer = AdamW::new(options.adamw);
-        model.for_each_param(&mut |name, param| optimizer.register(name, param));
+        model.try_for_each_param(&mut |name, param| optimizer.register(name, param))?;
         if optimizer.is_empty() {
             return Err(Error::input(
                 "model",
@@ -68,11 +74,13 @@ impl Trainer {
             ));
         }
         let workspace = model.workspace(max_size, max_len)?;
+        let loss_scale = (model.dtype() == DType::F16).then(LossScale::default);
         Ok(Self {
             model,
             optimizer,
             workspace,
             options,
+            loss_scale,
         })
     }
 
@@ -89,6 +97,16 @@ impl Trainer {
     /// The optimizer, to load its state.
     pub fn optimizer_mut(&mut self) -> &mut AdamW {
         &mut self.optimizer
+    }
+
+    /// Loss scaling, when computing in fp16.
+    pub fn loss_scale(&self) -> Option<LossScale> {
+        self.loss_scale
+    }
+
+    /// Goes on with the loss scaling of a checkpoint.
+    pub fn set_loss_scale(&mut self, loss_scale: Option<LossScale>) {
+        self.loss_scale = self.loss_scale.and(loss_scale).or(self.loss_scale);
     }
 
     /// The model alone, when training is over.
@@ -110,7 +128,41 @@ impl Trainer {
     pub fn step(&mut self, micro_batches: &[Batch]) -> Result<StepReport> {
         let step = self.optimizer.steps() + 1;
         let supervised: usize = micro_batches.iter().map(Batch::supervised).sum();
-        self.model.zero_gradients();
+        let (loss, grad_norm) = loop {
+            let (loss, grad_norm) = self.gradients(step, supervised, micro_batches)?;
+            if grad_norm.is_finite() {
+                break (loss, grad_norm);
+            }
+            if !self.loss_scale.as_mut().is_some_and(LossScale::shrink) {
+                return Err(self.non_finite(step, "the gradient norm", grad_norm));
+            }
+        };
+        let clip = match self.options.max_grad_norm {
+            0.0 => 1.0,
+            max => clip_factor(grad_norm, max),
+        };
+        let learning_rate = self.options.schedule.rate(step - 1);
+        let scale = self.loss_scale.map_or(1.0, |s| s.scale);
+        self.optimizer.step(learning_rate, clip / scale, |visit| {
+            self.model.for_each_param_mut(visit)
+        })?;
+        if let Some(scale) = &mut self.loss_scale {
+            scale.advance();
+        }
+        Ok(StepReport {
+            step,
+            loss,
+            supervised,
+            grad_norm,
+            learning_rate,
+            loss_scale: self.loss_scale,
+        })
+    }
+
+    /// Loss and gradient norm of a step; the gradients themselves are multiplied by the loss scale.
+    fn gradients(&mut self, step: u64, supervised: usize, micro_batches: &[Batch]) -> Result<(f64, f64)> {
+        let loss_scale = self.loss_scale.map_or(1.0, |s| s.scale);
+        self.model.zero_gradients()?;
         let mut loss = 0.0;
         for (i, batch) in micro_batches.iter().enumerate() {
             let tokens = batch.supervised();
@@ -124,34 +176,16 @@ impl Trainer {
                 LossReduction::MicroBatch => 1.0 / (micro_batches.len() as f64 * tokens as f64),
             };
             let dropout = Stream::new(self.options.seed ^ DROPOUT, (step << 16) + i as u64);
-            let part = self
-                .model
-                .loss_and_gradients(&mut self.workspace, batch, scale, dropout)?;
+            let part =
+                self.model
+                    .loss_and_gradients(&mut self.workspace, batch, scale * loss_scale, dropout)?;
             if !part.nll_sum.is_finite() {
                 return Err(self.non_finite(step, "the loss", part.nll_sum));
             }
             loss += scale * part.nll_sum;
         }
 
-        let grad_norm = self.gradient_norm()?;
-        if !grad_norm.is_finite() {
-            return Err(self.non_finite(step, "the gradient norm", grad_norm));
-        }
-        let clip = match self.options.max_grad_norm {
-            0.0 => 1.0,
-            max => clip_factor(grad_norm, max),
-        };
-        let learning_rate = self.options.schedule.rate(step - 1);
-        let mut update = self.optimizer.begin_step(learning_rate, clip);
-        self.model
-            .for_each_param_mut(&mut |name, param| update.apply(name, param))?;
-        Ok(StepReport {
-            step,
-            loss,
-            supervised,
-            grad_norm,
-            learning_rate,
-        })
+        Ok((loss, self.gradient_norm()? / loss_scale))
     }
 
     /// The mean loss per supervised token over `batches`, without dropout.
@@ -186,12 +220,16 @@ impl Trainer {
     /// One holds a NaN or an infinity; it is named.
     pub fn check_finite(&self) -> Result<()> {
         let mut bad = None;
-        self.model.for_each_param(&mut |name, param| {
-            if bad.is_none() && param.trains() {
-                let value = param.value.to_f64_vec().into_iter().find(|x| !x.is_finite());
-                bad = value.map(|value| (name.to_string(), value));
+        self.model.try_for_each_param(&mut |name, param| {
+            if bad.is_none()
+                && param.trains()
+                && let Some((at, _)) = ops::non_finite(&param.value)?
+            {
+                let values = param.value.to_device(Device::Cpu)?.to_f64_vec();
+                bad = Some((name.to_string(), values[at]));
             }
-        });
+            Ok(())
+        })?;
         match bad {
             None => Ok(()),
             Some((layer, value)) => Err(Error::NonFinite {
@@ -206,14 +244,10 @@ impl Trainer {
     }
 
     fn gradient_norm(&self) -> Result<f64> {
-        let mut norm = GradientNorm::default();
-        let mut result = Ok(());
-        self.model.for_each_param(&mut |_, param| {
-            if result.is_ok() {
-                result = norm.add(param);
-            }
-        });
-        result.map(|()| norm.value())
+        let mut gradients = Vec::new();
+        self.model
+            .for_each_param(&mut |_, param| gradients.extend(&param.grad));
+        Ok(ops::sum_of_squares_all(&gradients)?.sqrt())
     }
 
     /// Names the layer where something stopped being a number: the first with such activations, else the first
@@ -222,7 +256,7 @@ impl Trainer {
         let mut layer = self.model.first_non_finite(&self.workspace);
         if layer.is_none() {
             self.model.for_each_param(&mut |name, param| {
-                let bad = |t: &crate::tensor::Tensor| t.to_f64_vec().iter().any(|x| !x.is_finite());
+                let bad = |t: &Tensor| !matches!(ops::non_finite(t), Ok(None));
                 if layer.is_none() && param.grad.as_ref().is_some_and(bad) {
                     layer = Some(format!("the gradient of {name}"));
                 }
