@@ -1,0 +1,89 @@
+//! Launches of `cuda/pointwise.cu`: elementwise functions.
+
+use super::sys::{Dropout, GLM_POINTWISE_THREADS, GeluBackward, GeluForward, Rope};
+use super::{Grid, blocks, launch, ordinal, size};
+use crate::error::Result;
+use crate::rng::Stream;
+use crate::tensor::Tensor;
+
+/// One thread for every 16 bytes of a tensor like `x`.
+fn a_thread_for_16_bytes(operation: &'static str, x: &Tensor) -> Result<Grid> {
+    let per_block = GLM_POINTWISE_THREADS as usize * 16 / x.dtype().size();
+    Ok(Grid {
+        blocks: [blocks(operation, x.elements(), per_block)?, 1, 1],
+        threads: GLM_POINTWISE_THREADS,
+        shared_bytes: 0,
+    })
+}
+
+/// As [`crate::ops::gelu`].
+pub(crate) fn gelu(x: &Tensor, y: &mut Tensor) -> Result<()> {
+    let grid = a_thread_for_16_bytes("gelu_forward", x)?;
+    let params = GeluForward {
+        y: y.device_ptr_mut(),
+        x: x.device_ptr(),
+        n: x.elements() as u64,
+    };
+    // SAFETY: ops has checked that both have n elements of one type on one device.
+    unsafe { launch(ordinal(x), "gelu_forward", x.dtype(), grid, &params) }
+}
+
+/// As [`crate::ops::gelu_backward`].
+pub(crate) fn gelu_backward(x: &Tensor, d: &mut Tensor) -> Result<()> {
+    let grid = a_thread_for_16_bytes("gelu_backward", x)?;
+    let params = GeluBackward {
+        d: d.device_ptr_mut(),
+        x: x.device_ptr(),
+        n: x.elements() as u64,
+    };
+    // SAFETY: ops has checked that both have n elements of one type on one device.
+    unsafe { launch(ordinal(x), "gelu_backward", x.dtype(), grid, &params) }
+}
+
+/// As [`crate::ops::dropout`], or [`crate::ops::accumulate_dropout`].
+pub(crate) fn dropout(x: &Tensor, p: f32, stream: Stream, accumulate: bool, y: &mut Tensor) -> Result<()> {
+    let grid = a_thread_for_16_bytes("dropout", x)?;
+    let params = Dropout {
+        y: y.device_ptr_mut(),
+        x: x.device_ptr(),
+        n: x.elements() as u64,
+        seed: stream.seed(),
+        stream: stream.stream(),
+        p,
+        scale: (1.0 / (1.0 - f64::from(p))) as f32,
+        accumulate: accumulate.into(),
+        reserved: 0,
+    };
+    // SAFETY: ops has checked that both have n elements of one type on one device.
+    unsafe { launch(ordinal(x), "dropout", x.dtype(), grid, &params) }
+}
+
+/// As [`crate::ops::rope`].
+pub(crate) fn rope(
+    qkv: &mut Tensor,
+    positions: &Tensor,
+    tables: &Tensor,
+    heads: usize,
+    inverse: bool,
+) -> Result<()> {
+    let (m, width) = qkv.shape().rows_and_columns();
+    let m = size("rope", m)?.cast_unsigned();
+    let grid = Grid {
+        blocks: [m, 1, 1],
+        threads: GLM_POINTWISE_THREADS,
+        shared_bytes: 0,
+    };
+    let params = Rope {
+        qkv: qkv.device_ptr_mut(),
+        positions: positions.device_ptr().cast(),
+        tables: tables.device_ptr().cast(),
+        m,
+        heads: size("rope", heads)?.cast_unsigned(),
+        head_dim: size("rope", width / (3 * heads))?.cast_unsigned(),
+        position_count: size("rope", tables.shape().rows_and_columns().0)?.cast_unsigned(),
+        sign: if inverse { -1.0 } else { 1.0 },
+        reserved: 0,
+    };
+    // SAFETY: ops has checked the shapes against each other; positions outside the tables are not read from them.
+    unsafe { launch(ordinal(qkv), "rope", qkv.dtype(), grid, &params) }
+}
