@@ -2,8 +2,10 @@
 // Doc comments of flags are help texts: they name special tokens plainly.
 #![allow(rustdoc::invalid_html_tags, rustdoc::broken_intra_doc_links)]
 
+pub mod bench;
 pub mod chat;
 pub mod demo;
+pub mod doctor;
 pub mod generate;
 pub mod generation;
 pub mod inspect;
@@ -49,6 +51,10 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Write a synthetic checkpoint with ChatGLM-6B's tensor names and shapes
     Synth(synth::SynthArgs),
+    /// Measure speed and memory on this machine
+    Bench(bench::BenchArgs),
+    /// Say what this program can compute on here, and what is in the way
+    Doctor(doctor::DoctorArgs),
     /// Train the built-in tiny model and show what it learned
     Demo(demo::DemoArgs),
 }
@@ -82,6 +88,8 @@ fn run(command: Command) -> Result<()> {
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Synth(args) => synth::run(args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Demo(args) => demo::run(args),
     }
 }

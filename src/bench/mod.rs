@@ -1,0 +1,19 @@
+//! `glmtune bench`: what this program makes of the hardware, beside what the hardware could do.
+//!
+//! Everything measured goes through [`crate::ops`] or above it, as in training: launch geometry, checks and device memory are
+//! those of the product. Inputs are random: a processor is faster on zeros. Nothing here decides what is right (tests do) or
+//! fast enough: it prints numbers with their spread.
+
+mod decode;
+mod inputs;
+pub mod kernels;
+mod measure;
+mod report;
+mod train;
+
+pub use decode::{DecodeReport, DecodeSettings, decode};
+pub use inputs::model_config;
+pub use kernels::{KernelSettings, kernels};
+pub use measure::Protocol;
+pub use report::{KernelReport, Row, machine};
+pub use train::{TrainReport, TrainSettings, train};
