@@ -17,6 +17,8 @@ fn help_lists_every_command_and_every_flag_is_documented() {
         "quantize",
         "inspect",
         "synth",
+        "bench",
+        "doctor",
         "demo",
         "--threads",
     ] {
@@ -236,4 +238,144 @@ fn run_toml_repeats_the_run() {
         place.adapter("first") == place.adapter("one"),
         "the adapters differ on one thread"
     );
+}
+
+#[test]
+fn bench_measures_every_kind_of_thing_without_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let figures = |what: &str, device: &str, extra: &[&str]| -> serde_json::Value {
+        let file = dir.path().join(format!("{what}.json"));
+        let args = [
+            "bench",
+            what,
+            "--quick",
+            "--device",
+            device,
+            "--dtype",
+            "fp32",
+            "--json",
+            str(&file),
+        ];
+        succeeds(&glmtune(&[&args, extra].concat()).output().unwrap());
+        serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap()
+    };
+    let kernels = figures("kernels", "cpu", &["--rows", "1,8"]);
+    assert_eq!(kernels["machine"]["device"], "cpu");
+    assert!(kernels["ceilings"]["copy_gb_s"].as_f64().unwrap() > 0.0);
+    let cases = kernels["cases"].as_array().unwrap();
+    for group in [
+        "dequantize",
+        "nf4",
+        "dense",
+        "lora",
+        "head",
+        "attention",
+        "norm",
+        "gelu",
+        "rope",
+        "embedding",
+        "dropout",
+        "adamw",
+    ] {
+        let of_group: Vec<_> = cases.iter().filter(|case| case["group"] == group).collect();
+        assert!(!of_group.is_empty(), "{group}");
+        assert!(
+            of_group
+                .iter()
+                .all(|case| case["us"].as_f64().is_some_and(|us| us > 0.0)),
+            "{of_group:?}"
+        );
+    }
+    let only = figures("kernels", "cpu", &["--only", "gelu"]);
+    let groups = only["cases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|case| case["group"].as_str().unwrap());
+    assert_eq!(
+        groups.collect::<std::collections::BTreeSet<_>>(),
+        ["ceiling", "gelu"].into()
+    );
+
+    let steps = ["--length", "16,32", "--steps", "6", "--lora-dropout", "0.1"];
+    let trained = figures("train", "cpu", &steps);
+    for (report, length) in trained["train"].as_array().unwrap().iter().zip([16, 32]) {
+        assert_eq!(report["length"], length);
+        let number = |key: &str| report[key].as_f64().unwrap();
+        assert!(
+            (number("loss_first") - number("ln_vocabulary")).abs() < 0.5,
+            "{report}"
+        );
+        assert!(number("loss_last") < number("loss_first"), "{report}");
+        assert!(number("tokens_per_second") > 0.0);
+    }
+    let decoded = figures("decode", "cpu", &["--batch", "2"]);
+    assert!(decoded["decode"][0]["tokens_per_second"].as_f64().unwrap() > 0.0);
+
+    if glmtune::cuda::describe(0).is_ok() {
+        let kernels = figures("kernels", "cuda", &[]);
+        assert_eq!(kernels["machine"]["device"], "cuda:0");
+        let there = figures("train", "cuda", &steps);
+        for (cpu, cuda) in trained["train"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .zip(there["train"].as_array().unwrap())
+        {
+            let loss = |report: &serde_json::Value| report["loss_last"].as_f64().unwrap();
+            assert!((loss(cpu) - loss(cuda)).abs() < 1e-3, "{cpu} {cuda}");
+            assert!(cuda["tensor_bytes"].as_u64().unwrap() > 0, "{cuda}");
+        }
+        figures("decode", "cuda", &[]);
+    }
+
+    for (args, code, says) in [
+        (
+            &["bench", "kernels", "--quick", "--only", "soup"][..],
+            2,
+            "--only: found soup, expected some of dequantize, nf4",
+        ),
+        (
+            &["bench", "train", "--quick", "--length", "2"],
+            2,
+            "--length: found 2",
+        ),
+        (
+            &["bench", "train", "--quick", "--config", "no/config.json"],
+            1,
+            "config.json",
+        ),
+        (
+            &["bench", "train", "--quick", "--device", "cpu", "--dtype", "bf16"],
+            1,
+            "found bfloat16 on the CPU",
+        ),
+    ] {
+        let line = fails(&glmtune(args).output().unwrap(), code);
+        assert!(line.contains(says), "{line}");
+    }
+}
+
+#[test]
+fn doctor_says_what_it_found_and_what_to_do() {
+    let output = glmtune(&["doctor"]).output().unwrap();
+    succeeds(&output);
+    let lines = text(&output.stdout);
+    for what in ["program", "CPU", "auto"] {
+        assert!(
+            lines.lines().any(|line| line.starts_with(what)),
+            "{what}: {lines}"
+        );
+    }
+    let output = glmtune(&["doctor", "--json"]).output().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let findings = json["findings"].as_array().unwrap();
+    assert_eq!(findings.len(), lines.lines().count());
+    if cfg!(not(any(feature = "cuda", feature = "emu"))) {
+        let cuda = findings.iter().find(|finding| finding["what"] == "CUDA").unwrap();
+        assert!(
+            cuda["remedy"].as_str().unwrap().contains("--features cuda"),
+            "{cuda}"
+        );
+    }
 }

@@ -7,10 +7,10 @@ use common::assert_close;
 use glmtune::data::batch::{Batch, IGNORE, Span};
 use glmtune::model::tune::{self, LoraTarget, Tuning};
 use glmtune::model::{LoadOptions, Model, ModelConfig, Weights};
-use glmtune::ops::{self, WeightRef};
+use glmtune::ops::{self, Prefix, PrefixGradients, WeightRef};
 use glmtune::quant::QuantType;
 use glmtune::rng::Stream;
-use glmtune::tensor::{DType, Shape, Tensor};
+use glmtune::tensor::{Compute, DType, Shape, Tensor};
 
 /// Half the distance between the two points of a central difference; its error is of the order of the square.
 const H: f64 = 1e-5;
@@ -139,7 +139,7 @@ fn gelu() {
 #[test]
 fn rope() {
     let (heads, d, m) = (2, 8, 5);
-    let tables = glmtune::model::glm::rope_tables(DType::F64, d, 7);
+    let tables = glmtune::model::glm::rope_tables(Compute::cpu(DType::F64), d, 7).unwrap();
     let positions = Tensor::from_slice(&[0i32, 0, 1, 0, 2, 1, 6, 2, 3, 5], [m, 2]);
     let (x, dy) = (random(1, [m, heads * 3 * d]), random(2, [m, heads * 3 * d]));
     let forward = |x: &Tensor| {
@@ -168,16 +168,53 @@ fn attention() {
     ];
     for (s, spans) in cases {
         let rows = s * spans.len();
+        let pairs: Vec<i32> = spans
+            .iter()
+            .flat_map(|s| [s.start as i32, s.context as i32])
+            .collect();
+        let spans = Tensor::from_slice(&pairs, [spans.len(), 2]);
         let (qkv, d_context) = (random(1, [rows, heads * 3 * d]), random(2, [rows, heads * d]));
-        let forward = |qkv: &Tensor| {
-            let (mut context, mut lse) = (zeros([rows, heads * d]), zeros([rows * heads]));
-            ops::attention(qkv, &spans, heads, &mut context, &mut lse).unwrap();
-            (dot(&context, &d_context), context, lse)
-        };
-        let (_, context, lse) = forward(&qkv);
-        let mut dqkv = Tensor::from_slice(&vec![f64::NAN; qkv.elements()], qkv.shape());
-        ops::attention_backward(&d_context, &qkv, &context, &lse, &spans, heads, &mut dqkv).unwrap();
-        check("dqkv", &dqkv, &numerical(&qkv, |qkv| forward(qkv).0));
+        for length in [0, 3] {
+            let keys = random(3, [heads, length.max(1), d]);
+            let values = random(4, [heads, length.max(1), d]);
+            let forward = |qkv: &Tensor, keys: &Tensor, values: &Tensor| {
+                let (mut context, mut lse) = (zeros([rows, heads * d]), zeros([rows * heads]));
+                let prefix = (length > 0).then_some(Prefix { keys, values });
+                ops::attention(qkv, &spans, prefix, heads, &mut context, &mut lse).unwrap();
+                (dot(&context, &d_context), context, lse)
+            };
+            let (_, context, lse) = forward(&qkv, &keys, &values);
+            let mut dqkv = Tensor::from_slice(&vec![f64::NAN; qkv.elements()], qkv.shape());
+            let (mut d_keys, mut d_values) = (zeros(keys.shape()), zeros(values.shape()));
+            let prefix = (length > 0).then_some((
+                Prefix {
+                    keys: &keys,
+                    values: &values,
+                },
+                PrefixGradients {
+                    keys: &mut d_keys,
+                    values: &mut d_values,
+                },
+            ));
+            ops::attention_backward(&d_context, &qkv, &context, &lse, &spans, prefix, heads, &mut dqkv)
+                .unwrap();
+            let what = format!("S {s} prefix {length}");
+            check(
+                &format!("{what}: dqkv"),
+                &dqkv,
+                &numerical(&qkv, |x| forward(x, &keys, &values).0),
+            );
+            check(
+                &format!("{what}: prefix keys"),
+                &d_keys,
+                &numerical(&keys, |x| forward(&qkv, x, &values).0),
+            );
+            check(
+                &format!("{what}: prefix values"),
+                &d_values,
+                &numerical(&values, |x| forward(&qkv, &keys, x).0),
+            );
+        }
     }
 }
 
@@ -365,7 +402,7 @@ fn check_model(mut model: Model) {
 #[test]
 fn whole_model_every_parameter() {
     let options = LoadOptions {
-        compute: DType::F64,
+        compute: Compute::cpu(DType::F64),
         weights: Weights::AsStored,
     };
     let mut model = Model::initialize(&toy(), 1, &options).unwrap();
@@ -390,7 +427,7 @@ fn whole_model_lora_with_dropout_on_dense_and_quantised_weights() {
             &toy(),
             1,
             &LoadOptions {
-                compute: DType::F64,
+                compute: Compute::cpu(DType::F64),
                 weights,
             },
         )
@@ -414,7 +451,7 @@ fn whole_model_lora_with_dropout_on_dense_and_quantised_weights() {
 #[test]
 fn a_batch_without_labels_gives_no_gradient() {
     let options = LoadOptions {
-        compute: DType::F64,
+        compute: Compute::cpu(DType::F64),
         weights: Weights::AsStored,
     };
     let mut model = Model::initialize(&toy(), 1, &options).unwrap();

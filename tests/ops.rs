@@ -10,14 +10,19 @@ mod common;
 use common::assert_close;
 use glmtune::data::batch::Span;
 use glmtune::model::glm::rope_tables;
-use glmtune::ops::{self, WeightRef};
+use glmtune::ops::{self, Adapter, Prefix, PrefixGradients, WeightRef};
 use glmtune::quant::{QuantTensor, QuantType};
 use glmtune::rng::Stream;
-use glmtune::tensor::{DType, Shape, Tensor};
+use glmtune::tensor::{Compute, DType, Shape, Tensor};
 
 const GUARDS: usize = 16;
 
 /// Random numbers that f32 holds exactly.
+fn span_tensor(spans: &[Span]) -> Tensor {
+    let pairs = spans.iter().flat_map(|s| [s.start as i32, s.context as i32]);
+    Tensor::from_slice(&pairs.collect::<Vec<_>>(), [spans.len(), 2])
+}
+
 fn random(seed: u64, shape: impl Into<Shape>, dtype: DType) -> Tensor {
     let shape = shape.into();
     let stream = Stream::new(seed, 7);
@@ -330,7 +335,9 @@ fn rope() {
         let width = heads * 3 * d_head;
         let (half, quarter) = (d_head / 2, d_head / 4);
         let x = random(1, [m, width], DType::F64).to_f64_vec();
-        let tables = rope_tables(DType::F64, d_head, 20).to_f64_vec();
+        let tables = rope_tables(Compute::cpu(DType::F64), d_head, 20)
+            .unwrap()
+            .to_f64_vec();
         let mut naive = x.clone();
         for (i, naive) in naive.iter_mut().enumerate() {
             let (row, e, part) = (i / width, i % d_head, i % (3 * d_head) / d_head);
@@ -350,7 +357,14 @@ fn rope() {
         }
         let run = |d, inverse, x: &Tensor| {
             let mut qkv = x.clone();
-            ops::rope(&mut qkv, &positions, &rope_tables(d, d_head, 20), heads, inverse).unwrap();
+            ops::rope(
+                &mut qkv,
+                &positions,
+                &rope_tables(Compute::cpu(d), d_head, 20).unwrap(),
+                heads,
+                inverse,
+            )
+            .unwrap();
             qkv
         };
         check("rope", 4, Some(&naive), |d| {
@@ -408,25 +422,48 @@ fn attention_cases() -> Vec<(usize, Vec<Span>)> {
     ]
 }
 
-fn naive_attention(qkv: &[f64], s: usize, spans: &[Span], heads: usize, d: usize) -> Vec<f64> {
+/// Keys and values `[heads, P, d]` of a prefix; P 0 for none.
+fn attention_prefix(heads: usize, prefix: usize, d_head: usize, d: DType) -> [Tensor; 2] {
+    [7, 8].map(|seed| random(seed, [heads, prefix.max(1), d_head], d))
+}
+
+/// As `Prefix`; what is blocked gets a score that every unblocked one exceeds, as the official -10000.
+fn naive_attention(qkv: &[f64], s: usize, spans: &[Span], heads: usize, d: usize, prefix: usize) -> Vec<f64> {
     let width = heads * 3 * d;
+    let [prefix_keys, prefix_values] =
+        attention_prefix(heads, prefix, d, DType::F64).map(|tensor| tensor.to_f64_vec());
     let mut out = vec![0.0; spans.len() * s * heads * d];
     for (b, span) in spans.iter().enumerate() {
         for h in 0..heads {
             let at = |part: usize, t: usize| &qkv[(b * s + t) * width + (3 * h + part) * d..][..d];
+            let of_prefix = |x: &[f64], j: usize| x[(h * prefix + j) * d..][..d].to_vec();
+            let keys: Vec<Vec<f64>> = (0..prefix)
+                .map(|j| of_prefix(&prefix_keys, j))
+                .chain((0..s).map(|j| at(1, j).to_vec()))
+                .collect();
+            let values: Vec<Vec<f64>> = (0..prefix)
+                .map(|j| of_prefix(&prefix_values, j))
+                .chain((0..s).map(|j| at(2, j).to_vec()))
+                .collect();
             for i in 0..s {
-                let scores: Vec<f64> = (0..s)
-                    .map(|j| {
-                        let visible = i >= span.start && j >= span.start && (j < span.context || j <= i);
-                        let dot: f64 = at(0, i).iter().zip(at(1, j)).map(|(q, k)| q * k).sum();
-                        if visible { dot / (d as f64).sqrt() } else { -1e9 }
+                let visible = |j: usize| i >= span.start && j >= span.start && (j < span.context || j <= i);
+                let scores: Vec<f64> = keys
+                    .iter()
+                    .enumerate()
+                    .map(|(j, key)| {
+                        let dot: f64 = at(0, i).iter().zip(key).map(|(q, k)| q * k).sum();
+                        if j < prefix || visible(j - prefix) {
+                            dot / (d as f64).sqrt()
+                        } else {
+                            -1e9
+                        }
                     })
                     .collect();
                 let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let total: f64 = scores.iter().map(|x| (x - top).exp()).sum();
-                for (j, score) in scores.iter().enumerate() {
+                for (value, score) in values.iter().zip(&scores) {
                     let p = (score - top).exp() / total;
-                    for (e, v) in at(2, j).iter().enumerate() {
+                    for (e, v) in value.iter().enumerate() {
                         out[((b * s + i) * heads + h) * d + e] += p * v;
                     }
                 }
@@ -439,7 +476,10 @@ fn naive_attention(qkv: &[f64], s: usize, spans: &[Span], heads: usize, d: usize
 #[test]
 fn attention() {
     let (heads, d_head) = (2, 8);
-    for (s, spans) in attention_cases() {
+    for ((s, spans), length) in attention_cases()
+        .into_iter()
+        .flat_map(|case| [(case.clone(), 0), (case, 5)])
+    {
         let rows = s * spans.len();
         let naive = naive_attention(
             &random(1, [rows, heads * 3 * d_head], DType::F64).to_f64_vec(),
@@ -447,21 +487,52 @@ fn attention() {
             &spans,
             heads,
             d_head,
+            length,
         );
         let run = |d| {
             let qkv = random(1, [rows, heads * 3 * d_head], d);
+            let [keys, values] = attention_prefix(heads, length, d_head, d);
+            let prefix = (length > 0).then_some(Prefix {
+                keys: &keys,
+                values: &values,
+            });
             let (mut context, mut lse) = (output(d, [rows, heads * d_head]), output(d, [rows * heads]));
-            ops::attention(&qkv, &spans, heads, &mut context, &mut lse).unwrap();
-            (qkv, context, lse)
-        };
-        check(&format!("attention {s}"), s, Some(&naive), |d| run(d).1);
-        check(&format!("attention_backward {s}"), s, None, |d| {
-            let (qkv, context, lse) = run(d);
+            ops::attention(&qkv, &span_tensor(&spans), prefix, heads, &mut context, &mut lse).unwrap();
             let mut dqkv = output(d, qkv.shape());
             let dy = random(2, [rows, heads * d_head], d);
-            ops::attention_backward(&dy, &qkv, &context, &lse, &spans, heads, &mut dqkv).unwrap();
-            dqkv
-        });
+            let [mut d_keys, mut d_values] = [9, 10].map(|seed| random(seed, keys.shape(), d));
+            let gradients = PrefixGradients {
+                keys: &mut d_keys,
+                values: &mut d_values,
+            };
+            ops::attention_backward(
+                &dy,
+                &qkv,
+                &context,
+                &lse,
+                &span_tensor(&spans),
+                prefix.map(|prefix| (prefix, gradients)),
+                heads,
+                &mut dqkv,
+            )
+            .unwrap();
+            [context, dqkv, d_keys, d_values]
+        };
+        check(&format!("attention {s}"), s, Some(&naive), |d| run(d)[0].clone());
+        for (i, what) in ["dqkv", "d_prefix_keys", "d_prefix_values"]
+            .into_iter()
+            .enumerate()
+        {
+            check(
+                &format!("attention_backward {s} prefix {length}: {what}"),
+                s,
+                None,
+                |d| {
+                    let [_, gradients @ ..] = run(d);
+                    gradients[i].clone()
+                },
+            );
+        }
     }
 }
 
@@ -472,41 +543,57 @@ fn attention_cached() {
     let spans = [Span { start: 0, context: 6 }, Span { start: 3, context: 7 }];
     let hidden = heads * d_head;
     let whole = random(1, [2 * s, 3 * hidden], DType::F64).to_f64_vec();
-    let mut naive = naive_attention(&whole, s, &spans, heads, d_head);
-    // A padding query attends uniformly to all keys there are: those of the prompt.
+    // A padding query without a prefix attends uniformly to all keys there are: those of the prompt.
     let prompts: Vec<f64> = whole
         .chunks(s * 3 * hidden)
         .flat_map(|sequence| &sequence[..prompt * 3 * hidden])
         .copied()
         .collect();
-    let first = naive_attention(&prompts, prompt, &spans, heads, d_head);
-    for (b, span) in spans.iter().enumerate() {
-        let padding = span.start * hidden;
-        naive[b * s * hidden..][..padding].copy_from_slice(&first[b * prompt * hidden..][..padding]);
-    }
-    check("attention_cached", s, Some(&naive), |d| {
-        let whole = random(1, [2 * s, 3 * hidden], d);
-        let (mut keys, mut values) = (output(d, [2, s, hidden]), output(d, [2, s, hidden]));
-        let mut out = output(d, [2 * s, hidden]);
-        let steps = std::iter::once((0, prompt)).chain((prompt..s).map(|t| (t, 1)));
-        for (past, count) in steps {
-            let rows: Vec<i32> = (0..2)
-                .flat_map(|b| (past..past + count).map(move |t| (b * s + t) as i32))
-                .collect();
-            let rows = Tensor::from_slice(&rows, [rows.len()]);
-            let mut qkv = output(d, [2 * count, 3 * hidden]);
-            ops::gather_rows(&whole, &rows, &mut qkv).unwrap();
-            let (mut context, mut lse) = (output(d, [2 * count, hidden]), output(d, [2 * count * heads]));
-            let cache = (&mut keys, &mut values);
-            ops::attention_cached(&qkv, cache, past, &spans, heads, &mut context, &mut lse).unwrap();
-            for (i, row) in rows.as_slice::<i32>().iter().enumerate() {
-                let bytes = hidden * d.size();
-                let (to, from) = (*row as usize * bytes, i * bytes);
-                out.bytes_mut()[to..to + bytes].copy_from_slice(&context.bytes()[from..from + bytes]);
-            }
+    for length in [0, 5] {
+        let mut naive = naive_attention(&whole, s, &spans, heads, d_head, length);
+        let first = naive_attention(&prompts, prompt, &spans, heads, d_head, length);
+        for (b, span) in spans.iter().enumerate() {
+            let padding = span.start * hidden;
+            naive[b * s * hidden..][..padding].copy_from_slice(&first[b * prompt * hidden..][..padding]);
         }
-        out
-    });
+        check("attention_cached", s, Some(&naive), |d| {
+            let whole = random(1, [2 * s, 3 * hidden], d);
+            let [prefix_keys, prefix_values] = attention_prefix(heads, length, d_head, d);
+            let prefix = (length > 0).then_some(Prefix {
+                keys: &prefix_keys,
+                values: &prefix_values,
+            });
+            let (mut keys, mut values) = (output(d, [2, s, hidden]), output(d, [2, s, hidden]));
+            let mut out = output(d, [2 * s, hidden]);
+            let steps = std::iter::once((0, prompt)).chain((prompt..s).map(|t| (t, 1)));
+            for (past, count) in steps {
+                let rows: Vec<i32> = (0..2)
+                    .flat_map(|b| (past..past + count).map(move |t| (b * s + t) as i32))
+                    .collect();
+                let rows = Tensor::from_slice(&rows, [rows.len()]);
+                let mut qkv = output(d, [2 * count, 3 * hidden]);
+                ops::gather_rows(&whole, &rows, &mut qkv).unwrap();
+                let (mut context, mut lse) = (output(d, [2 * count, hidden]), output(d, [2 * count * heads]));
+                ops::attention_cached(
+                    &qkv,
+                    (&mut keys, &mut values),
+                    past,
+                    &span_tensor(&spans),
+                    prefix,
+                    heads,
+                    &mut context,
+                    &mut lse,
+                )
+                .unwrap();
+                for (i, row) in rows.as_slice::<i32>().iter().enumerate() {
+                    let bytes = hidden * d.size();
+                    let (to, from) = (*row as usize * bytes, i * bytes);
+                    out.bytes_mut()[to..to + bytes].copy_from_slice(&context.bytes()[from..from + bytes]);
+                }
+            }
+            out
+        });
+    }
 }
 
 #[test]
@@ -707,6 +794,70 @@ fn adamw_and_sum_of_squares() {
 }
 
 #[test]
+fn many_parameters_at_once_are_as_one_after_the_other() {
+    let sizes = [3, 40_000, 1];
+    let tensors = |seed: u64| -> Vec<Tensor> {
+        let random = |(i, n): (usize, &usize)| random(seed + i as u64, [*n], DType::F32);
+        sizes.iter().enumerate().map(random).collect()
+    };
+    let factors = ops::AdamW {
+        clip: 0.5,
+        decay: 0.9,
+        one_minus_beta1: 0.1,
+        beta2: 0.999,
+        one_minus_beta2: 0.001,
+        step_size: 0.01,
+        sqrt_correction2: 0.7,
+        epsilon: 1e-8,
+    };
+    let (mut p, mut g, mut m) = (tensors(1), tensors(11), tensors(21));
+    let mut v: Vec<Tensor> = sizes.iter().map(|&n| Tensor::zeros(DType::F32, [n])).collect();
+    let mut one = (p.clone(), m.clone(), v.clone());
+    let mut slots: Vec<ops::AdamwSlot> = (p.iter_mut().zip(&g))
+        .zip(m.iter_mut().zip(&mut v))
+        .enumerate()
+        .map(|(i, ((p, g), (m, v)))| ops::AdamwSlot {
+            p,
+            g,
+            m,
+            v,
+            decayed: i != 1,
+        })
+        .collect();
+    ops::adamw_all(&mut slots, &factors).unwrap();
+    for i in 0..3 {
+        let decay = if i == 1 { 1.0 } else { 0.9 };
+        let (p1, m1, v1) = (&mut one.0[i], &mut one.1[i], &mut one.2[i]);
+        ops::adamw(p1, &g[i], m1, v1, &ops::AdamW { decay, ..factors }).unwrap();
+        for (all, one) in [(&p[i], p1), (&m[i], m1), (&v[i], v1)] {
+            assert_eq!(all.bytes(), one.bytes());
+        }
+    }
+
+    let sum = ops::sum_of_squares_all(&g.iter().collect::<Vec<_>>()).unwrap();
+    let parts: f64 = g.iter().map(|g| ops::sum_of_squares(g).unwrap()).sum();
+    assert_eq!(sum, parts);
+    assert_eq!(ops::sum_of_squares_all(&[]).unwrap(), 0.0);
+
+    ops::zero_all(&mut g.iter_mut().collect::<Vec<_>>()).unwrap();
+    assert!(g.iter().all(|g| g.bytes().iter().all(|&byte| byte == 0)));
+    assert!(ops::adamw_all(&mut [], &factors).is_ok() && ops::zero_all(&mut []).is_ok());
+}
+
+#[test]
+fn non_finite() {
+    for dtype in [DType::F32, DType::F64] {
+        let mut values = vec![1.0; 1000];
+        let find =
+            |values: &[f64]| ops::non_finite(&Tensor::from_slice(values, [1000]).to_dtype(dtype)).unwrap();
+        assert_eq!(find(&values), None);
+        values[700] = f64::NEG_INFINITY;
+        values[999] = f64::NAN;
+        assert_eq!(find(&values), Some((700, 2)));
+    }
+}
+
+#[test]
 fn pass_changes_nothing_but_the_waiting() {
     let (x, w) = (
         random(1, [70, 256], DType::F32),
@@ -770,13 +921,150 @@ fn what_does_not_fit_is_refused() {
     }
     let spans = [Span { start: 0, context: 9 }];
     assert!(
-        ops::attention(&t([2, 12]), &spans, 1, &mut t([2, 4]), &mut t([1, 2])).is_err(),
+        ops::attention(
+            &t([2, 12]),
+            &span_tensor(&spans),
+            None,
+            1,
+            &mut t([2, 4]),
+            &mut t([1, 2])
+        )
+        .is_err(),
         "context beyond the end"
     );
-    let tables = rope_tables(d, 4, 2);
+    let (keys, values) = (t([3, 4]), t([2, 4]));
+    let prefix = Prefix {
+        keys: &keys,
+        values: &values,
+    };
+    let spans = span_tensor(&[Span { start: 0, context: 1 }]);
+    assert!(
+        ops::attention(
+            &t([2, 12]),
+            &spans,
+            Some(prefix),
+            1,
+            &mut t([2, 4]),
+            &mut t([1, 2])
+        )
+        .is_err(),
+        "a prefix with more keys than values"
+    );
+    let tables = rope_tables(Compute::cpu(d), 4, 2).unwrap();
     let positions = Tensor::from_slice(&[0i32, 2], [1, 2]);
     assert!(
         ops::rope(&mut t([1, 12]), &positions, &tables, 1, false).is_err(),
         "position beyond the tables"
+    );
+}
+
+#[test]
+fn a_quantised_weight_stays_as_it_is_on_the_cpu() {
+    let dense = random(1, [4, 128], DType::F32);
+    let weight = QuantTensor::quantize(&dense, QuantType::Nf4, true).unwrap();
+    let codes = weight.codes.bytes().to_vec();
+    let placed = ops::place_quantized(weight, glmtune::tensor::Device::Cpu).unwrap();
+    assert_eq!(placed.codes.bytes(), codes);
+}
+
+#[test]
+fn quantising_and_decoding_on_the_cpu_are_those_of_the_weight() {
+    let dense = random(1, [6, 128], DType::BF16);
+    for (quant_type, double) in [(QuantType::Nf4, true), (QuantType::Fp4, false)] {
+        let weight = QuantTensor::quantize(&dense, quant_type, double).unwrap();
+        let cpu = glmtune::tensor::Device::Cpu;
+        let same = ops::quantize("weight", &dense, quant_type, double, cpu).unwrap();
+        assert_eq!(same.codes.bytes(), weight.codes.bytes());
+        assert_eq!(same.block_absmax(), weight.block_absmax());
+        for dtype in [DType::F32, DType::F64] {
+            let mut values = output(dtype, [6, 128]);
+            ops::dequantize(&weight, &mut values).unwrap();
+            assert_eq!(values.to_f64_vec(), weight.dequantize().to_f64_vec());
+            check_guards("dequantize", &values);
+        }
+    }
+}
+
+#[test]
+fn an_adapted_product_is_the_product_and_the_adapter() {
+    for (m, n, k) in SIZES {
+        for rank in [1usize, 5] {
+            for (form, w, values) in stored(n, k) {
+                let what = format!("{form} {m} {n} {k} rank {rank}");
+                let (x, u, b) = (
+                    random(1, [m, k], DType::F64),
+                    random(2, [m, rank], DType::F64),
+                    random(3, [n, rank], DType::F64),
+                );
+                let mut naive = product(&x.to_f64_vec(), &values, (m, n, k));
+                for (y, more) in naive
+                    .iter_mut()
+                    .zip(product(&u.to_f64_vec(), &b.to_f64_vec(), (m, n, rank)))
+                {
+                    *y += 0.5 * more;
+                }
+                check(&format!("linear_adapted {what}"), k + rank, Some(&naive), |d| {
+                    let mut y = output(d, [m, n]);
+                    let (u, matrix) = (&random(2, [m, rank], d), &random(3, [n, rank], d));
+                    let adapter = Adapter {
+                        scale: 0.5,
+                        u,
+                        matrix,
+                    };
+                    ops::linear_adapted(&random(1, [m, k], d), w.as_ref(), None, None, adapter, &mut y)
+                        .unwrap();
+                    y
+                });
+                let (dy, a) = (
+                    random(5, [m, n], DType::F64).to_f64_vec(),
+                    random(6, [rank, k], DType::F64).to_f64_vec(),
+                );
+                let u = u.to_f64_vec();
+                let naive: Vec<f64> = (0..m * k)
+                    .map(|i| {
+                        let (row, column) = (i / k, i % k);
+                        let base: f64 = (0..n).map(|j| dy[row * n + j] * values[j * k + column]).sum();
+                        base + (0..rank)
+                            .map(|r| 0.5 * u[row * rank + r] * a[r * k + column])
+                            .sum::<f64>()
+                    })
+                    .collect();
+                check(
+                    &format!("linear_backward_input_adapted {what}"),
+                    n + rank,
+                    Some(&naive),
+                    |d| {
+                        let mut dx = output(d, [m, k]);
+                        let (u, matrix) = (&random(2, [m, rank], d), &random(6, [rank, k], d));
+                        let adapter = Adapter {
+                            scale: 0.5,
+                            u,
+                            matrix,
+                        };
+                        ops::linear_backward_input_adapted(
+                            &random(5, [m, n], d),
+                            w.as_ref(),
+                            None,
+                            adapter,
+                            &mut dx,
+                        )
+                        .unwrap();
+                        dx
+                    },
+                );
+            }
+        }
+    }
+    let (w, x) = (random(1, [4, 8], DType::F32), random(2, [3, 8], DType::F32));
+    let (u, matrix) = (&random(3, [3, 2], DType::F32), &random(4, [2, 4], DType::F32));
+    let adapter = Adapter {
+        scale: 1.0,
+        u,
+        matrix,
+    };
+    let mut y = output(DType::F32, [3, 4]);
+    assert!(
+        ops::linear_adapted(&x, WeightRef::Dense(&w), None, None, adapter, &mut y).is_err(),
+        "a matrix of the wrong side"
     );
 }

@@ -14,7 +14,7 @@ use glmtune::optim::AdamWConfig;
 use glmtune::quant::QuantType;
 use glmtune::rng::Stream;
 use glmtune::schedule::{Schedule, Scheduler};
-use glmtune::tensor::{DType, allocations};
+use glmtune::tensor::{Compute, DType, allocations};
 use glmtune::train::{Checkpoints, OPTIMIZER, Options, RunState, Trainer};
 
 /// One test at a time: [`allocations`] counts those of the whole process.
@@ -56,15 +56,17 @@ fn options() -> Options {
 const LONGEST: usize = 24;
 const SIZE: usize = 2;
 
-fn model(dropout: f64) -> Option<Model> {
+/// Everywhere a model can compute.
+fn every() -> Vec<Compute> {
+    [common::exact_computes(), common::half_computes()].concat()
+}
+
+fn model(compute: Compute, dropout: f64) -> Option<Model> {
     let weights = Weights::Quantized {
         quant_type: QuantType::Nf4,
         double_quant: true,
     };
-    let load = LoadOptions {
-        compute: DType::F32,
-        weights,
-    };
+    let load = LoadOptions { compute, weights };
     let mut model = Model::load(&Checkpoint::open(&checkpoint()?).unwrap(), &load).unwrap();
     let targets = tune::LoraTarget::ALL.to_vec();
     tune::apply(
@@ -82,8 +84,8 @@ fn model(dropout: f64) -> Option<Model> {
     Some(model)
 }
 
-fn trainer(dropout: f64, options: Options) -> Option<Trainer> {
-    Some(Trainer::new(model(dropout)?, options, SIZE, LONGEST).unwrap())
+fn trainer(compute: Compute, dropout: f64, options: Options) -> Option<Trainer> {
+    Some(Trainer::new(model(compute, dropout)?, options, SIZE, LONGEST).unwrap())
 }
 
 fn adapter_config() -> AdapterConfig {
@@ -172,6 +174,7 @@ fn micro_batches(config: &ModelConfig, step: u64) -> Vec<Batch> {
 
 fn adapter_bits(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
     tune::adapter_tensors(trainer.model())
+        .unwrap()
         .into_iter()
         .map(|(n, t)| (n, t.bytes().to_vec()))
         .collect()
@@ -180,7 +183,11 @@ fn adapter_bits(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn the_loss_falls() {
     let _alone = alone();
-    let Some(mut trainer) = trainer(0.0, options()) else {
+    every().into_iter().for_each(the_loss_falls_on);
+}
+
+fn the_loss_falls_on(compute: Compute) {
+    let Some(mut trainer) = trainer(compute, 0.0, options()) else {
         return;
     };
     let batches = micro_batches(trainer.model().config(), 0);
@@ -195,7 +202,11 @@ fn the_loss_falls() {
 #[test]
 fn a_step_allocates_nothing() {
     let _alone = alone();
-    let Some(mut trainer) = trainer(0.1, options()) else {
+    every().into_iter().for_each(a_step_allocates_nothing_on);
+}
+
+fn a_step_allocates_nothing_on(compute: Compute) {
+    let Some(mut trainer) = trainer(compute, 0.1, options()) else {
         return;
     };
     let config = trainer.model().config().clone();
@@ -211,7 +222,13 @@ fn a_step_allocates_nothing() {
 #[test]
 fn a_resumed_run_is_the_uninterrupted_run_to_the_bit() {
     let _alone = alone();
-    let Some(mut whole) = trainer(0.1, options()) else {
+    every()
+        .into_iter()
+        .for_each(a_resumed_run_is_the_uninterrupted_run_to_the_bit_on);
+}
+
+fn a_resumed_run_is_the_uninterrupted_run_to_the_bit_on(compute: Compute) {
+    let Some(mut whole) = trainer(compute, 0.1, options()) else {
         return;
     };
     let config = whole.model().config().clone();
@@ -223,6 +240,7 @@ fn a_resumed_run_is_the_uninterrupted_run_to_the_bit() {
         if step == 4 {
             let state = RunState {
                 step: 5,
+                loss_scale: whole.loss_scale(),
                 ..RunState::new(8, String::new(), String::new(), serde_json::Map::new())
             };
             checkpoints
@@ -235,10 +253,11 @@ fn a_resumed_run_is_the_uninterrupted_run_to_the_bit() {
     }
     // A new process: the base again, adapter and optimizer from the checkpoint.
     let (_, place) = checkpoints.list().unwrap().pop().unwrap();
-    let mut base = model(0.0).unwrap();
+    let mut base = model(compute, 0.0).unwrap();
     tune::load_adapter(&mut base, &place, true).unwrap();
     let mut resumed = Trainer::new(base, options(), SIZE, LONGEST).unwrap();
     resumed.optimizer_mut().load(&place.join(OPTIMIZER)).unwrap();
+    resumed.set_loss_scale(RunState::read(&place).unwrap().loss_scale);
     for step in 5..8 {
         assert_eq!(
             resumed.step(&micro_batches(&config, step)).unwrap(),
@@ -254,10 +273,10 @@ fn a_resumed_run_is_the_uninterrupted_run_to_the_bit() {
 #[test]
 fn the_token_mean_does_not_depend_on_the_cut_into_micro_batches() {
     let _alone = alone();
-    let Some(mut cut) = trainer(0.0, options()) else {
+    let Some(mut cut) = trainer(Compute::cpu(DType::F32), 0.0, options()) else {
         return;
     };
-    let Some(mut whole) = trainer(0.0, options()) else {
+    let Some(mut whole) = trainer(Compute::cpu(DType::F32), 0.0, options()) else {
         return;
     };
     let config = cut.model().config().clone();
@@ -289,7 +308,7 @@ fn the_token_mean_does_not_depend_on_the_cut_into_micro_batches() {
         reduction: LossReduction::MicroBatch,
         ..options()
     };
-    let mut mean_of_means = trainer(0.0, micro).unwrap();
+    let mut mean_of_means = trainer(Compute::cpu(DType::F32), 0.0, micro).unwrap();
     let c = mean_of_means.step(&parts).unwrap();
     assert!(
         (c.loss - b.loss).abs() > 1e-4 * b.loss,
@@ -300,13 +319,23 @@ fn the_token_mean_does_not_depend_on_the_cut_into_micro_batches() {
 #[test]
 fn a_value_that_is_no_number_stops_the_run_and_names_its_layer() {
     let _alone = alone();
-    let Some(mut model) = model(0.0) else { return };
+    every()
+        .into_iter()
+        .for_each(a_value_that_is_no_number_stops_the_run_and_names_its_layer_on);
+}
+
+fn a_value_that_is_no_number_stops_the_run_and_names_its_layer_on(compute: Compute) {
+    let Some(mut model) = model(compute, 0.0) else {
+        return;
+    };
     let mut poisoned = String::new();
     model
         .for_each_param_mut(&mut |name, param| {
             if name.contains("layers.1.") && name.ends_with("attention.dense.lora_B.weight") {
                 poisoned = name.to_string();
-                param.value.as_mut_slice::<f32>()[0] = f32::NAN;
+                let mut value = common::host(&param.value);
+                value.as_mut_slice::<f32>()[0] = f32::NAN;
+                param.value.copy_from(&value)?;
             }
             Ok(())
         })
@@ -330,11 +359,44 @@ fn a_value_that_is_no_number_stops_the_run_and_names_its_layer() {
 #[test]
 fn a_step_without_a_supervised_token_is_an_error() {
     let _alone = alone();
-    let Some(mut trainer) = trainer(0.0, options()) else {
+    let Some(mut trainer) = trainer(Compute::cpu(DType::F32), 0.0, options()) else {
         return;
     };
     let mut batch = batch(trainer.model().config(), 0, &[(4, 4)]);
     batch.labels.fill(IGNORE);
     let message = trainer.step(&[batch]).unwrap_err().to_string();
     assert!(message.contains("no supervised token"), "{message}");
+}
+
+#[test]
+fn the_device_walks_the_path_of_the_cpu() {
+    let _alone = alone();
+    let Some(device) = common::cuda_device() else {
+        return;
+    };
+    let on = |compute| trainer(compute, 0.1, options());
+    // QLoRA with dropout. Sums run in another order: the difference grows with every step, from a few units in the last
+    // place; in half precision from 16 roundings (see tests/golden/trajectories.rs).
+    for (dtype, atol) in [
+        (DType::F32, 2e-5),
+        (DType::F16, 16.0 / 2048.0),
+        (DType::BF16, 16.0 / 256.0),
+    ] {
+        let (Some(mut cpu), Some(mut card)) = (on(Compute::cpu(DType::F32)), on(Compute { device, dtype }))
+        else {
+            return;
+        };
+        let config = cpu.model().config().clone();
+        for step in 0..6 {
+            let batches = micro_batches(&config, step);
+            let (want, got) = (cpu.step(&batches).unwrap(), card.step(&batches).unwrap());
+            common::assert_close(
+                &format!("loss of step {step} in {dtype}"),
+                &[got.loss],
+                &[want.loss],
+                atol,
+                0.0,
+            );
+        }
+    }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use glmtune::tensor::Tensor;
+use glmtune::tensor::{Compute, DType, Device, Tensor};
 
 /// Fails unless `|got - want| <= atol + rtol * |want|` holds for every element (so NaN fails) and the lengths agree.
 #[track_caller]
@@ -77,12 +77,49 @@ pub fn tolerance(file: &str) -> serde_json::Value {
     entry["tolerance"].clone()
 }
 
+/// The CUDA device of this build, emulated or a card, or `None` with a loud line.
+pub fn cuda_device() -> Option<Device> {
+    match glmtune::cuda::describe(0) {
+        Ok(_) => Some(Device::Cuda(0)),
+        Err(why) => {
+            eprintln!("SKIPPED: no CUDA device: {why}");
+            None
+        }
+    }
+}
+
+/// Everything that computes in f32: what the goldens' own tolerances hold for.
+pub fn exact_computes() -> Vec<Compute> {
+    let cuda = cuda_device().map(|device| Compute {
+        device,
+        dtype: DType::F32,
+    });
+    [Compute::cpu(DType::F32)].into_iter().chain(cuda).collect()
+}
+
+/// The CUDA device in fp16 and in bf16.
+pub fn half_computes() -> Vec<Compute> {
+    let types = [DType::F16, DType::BF16];
+    let cuda = cuda_device().into_iter();
+    cuda.flat_map(|device| types.map(|dtype| Compute { device, dtype }))
+        .collect()
+}
+
+/// A copy on the host.
+pub fn host(tensor: &Tensor) -> Tensor {
+    tensor.to_device(Device::Cpu).unwrap()
+}
+
+/// Every element as f64, wherever the tensor lives.
+pub fn values(tensor: &Tensor) -> Vec<f64> {
+    host(tensor).to_f64_vec()
+}
+
 /// Tensors by name.
 pub type Tensors = BTreeMap<String, Tensor>;
 
 /// Every tensor of a safetensors file, owned (bool becomes U8).
 pub fn read_safetensors(path: &Path) -> Tensors {
-    use glmtune::tensor::DType;
     let data = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let file =
         safetensors::SafeTensors::deserialize(&data).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

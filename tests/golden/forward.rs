@@ -6,9 +6,11 @@ use glmtune::checkpoint::Checkpoint;
 use glmtune::data::batch::{Batch, Span};
 use glmtune::model::{LoadOptions, Model, Workspace, glm};
 use glmtune::ops;
-use glmtune::tensor::{DType, Tensor};
+use glmtune::tensor::{Compute, DType, Tensor};
 
-use crate::common::{Tensors, assert_close, golden, read_safetensors, tolerance};
+use crate::common::{
+    Tensors, assert_close, exact_computes, golden, half_computes, host, read_safetensors, tolerance, values,
+};
 
 /// Opens a checkpoint folder of the set.
 pub fn load(relative: &str, options: &LoadOptions) -> Option<Model> {
@@ -73,9 +75,9 @@ fn batch_first(tensor: &Tensor, size: usize) -> Vec<f64> {
 }
 
 fn minus_scaled(x: &Tensor, alpha: f64, y: &Tensor) -> Vec<f64> {
-    x.to_f64_vec()
+    values(x)
         .iter()
-        .zip(y.to_f64_vec())
+        .zip(values(y))
         .map(|(x, y)| x - alpha * y)
         .collect()
 }
@@ -110,26 +112,31 @@ impl Case<'_> {
             self.check(
                 "hidden_states",
                 &format!("hidden state {layer}"),
-                &got.to_f64_vec(),
+                &values(got),
                 &batch_first(want, size),
             );
         }
         for layer in 0..config.num_layers {
             let block = ws.block(layer);
-            let mut qkv = block.attention.qkv.clone();
+            let mut qkv = host(&block.attention.qkv);
             let positions = Tensor::from_slice(&batch(self.tensors).positions, [qkv.extent(0), 2]);
-            let tables = glm::rope_tables(DType::F32, config.head_dim(), config.max_sequence_length);
+            let tables = glm::rope_tables(
+                Compute::cpu(DType::F32),
+                config.head_dim(),
+                config.max_sequence_length,
+            )
+            .unwrap();
             ops::rope(&mut qkv, &positions, &tables, config.num_attention_heads, true).unwrap();
             let (a, b) = (&block.input_layernorm.y, &block.post_attention_layernorm.y);
             let parts = [
-                ("input_layernorm", a.to_f64_vec()),
+                ("input_layernorm", values(a)),
                 ("query_key_value", qkv.to_f64_vec()),
-                ("attention_context", block.attention.context.to_f64_vec()),
+                ("attention_context", values(&block.attention.context)),
                 ("attention_dense", minus_scaled(&block.y, glm::ALPHA, a)),
-                ("post_attention_layernorm", b.to_f64_vec()),
-                ("dense_h_to_4h", block.mlp.inner.to_f64_vec()),
+                ("post_attention_layernorm", values(b)),
+                ("dense_h_to_4h", values(&block.mlp.inner)),
                 ("mlp_out", minus_scaled(ws.hidden(layer + 1), glm::ALPHA, b)),
-                ("block_out", ws.hidden(layer + 1).to_f64_vec()),
+                ("block_out", values(ws.hidden(layer + 1))),
             ];
             for (part, got) in parts {
                 let name = format!("act.layers.{layer}.{part}");
@@ -149,8 +156,7 @@ impl Case<'_> {
             let Some(want) = self.tensors.get(&name) else {
                 continue;
             };
-            let got: Vec<f64> = qkv
-                .to_f64_vec()
+            let got: Vec<f64> = values(qkv)
                 .chunks_exact(3 * d)
                 .flat_map(|head| head[part * d..][..d].to_vec())
                 .collect();
@@ -174,7 +180,7 @@ fn token_losses(logits: &[f64], vocabulary: usize, batch: &Batch) -> Vec<f64> {
     losses
 }
 
-fn check_file(path: &Path) -> bool {
+fn check_file(path: &Path, compute: Compute) -> bool {
     let name = path.file_stem().and_then(|s| s.to_str()).expect("UTF-8 name");
     let tensors = read_safetensors(path);
     if !tensors.contains_key("input_ids") {
@@ -190,7 +196,11 @@ fn check_file(path: &Path) -> bool {
     } else {
         "chatglm_v1/checkpoint_fp16_bin"
     };
-    let Some(model) = load(checkpoint, &LoadOptions::default()) else {
+    let options = LoadOptions {
+        compute,
+        ..LoadOptions::default()
+    };
+    let Some(model) = load(checkpoint, &options) else {
         return false;
     };
     let case = Case {
@@ -206,7 +216,7 @@ fn check_file(path: &Path) -> bool {
     case.check("loss", "loss", &[loss.mean()], &tensors["loss"].to_f64_vec());
 
     let vocabulary = model.config().vocab_size;
-    let logits = model.logits(&ws).unwrap().to_f64_vec();
+    let logits = values(&model.logits(&ws).unwrap());
     let want = tensors["logits"].to_f64_vec();
     let rows: Vec<usize> = match tensors.get("logits_rows") {
         Some(rows) => rows.as_slice::<i64>().iter().map(|&r| r as usize).collect(),
@@ -238,12 +248,83 @@ fn every_forward_case_is_the_official_model() {
         .map(|e| e.unwrap().path())
         .collect();
     paths.sort();
-    let checked = paths
-        .iter()
-        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
-        .filter(|p| check_file(p))
-        .count();
-    assert!(checked > 0, "the set has no forward case");
+    for compute in exact_computes() {
+        let checked = paths
+            .iter()
+            .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+            .filter(|p| check_file(p, compute))
+            .count();
+        assert!(checked > 0, "the set has no forward case");
+    }
+}
+
+/// In fp16 and bf16 the logits are as near to the f32 goldens as those of the official code in that type, within the
+/// factors that the set recommends: 2 for the largest difference, 1.5 for the root mean square.
+#[test]
+fn half_precision_is_no_worse_than_the_official_code_in_it() {
+    for compute in half_computes() {
+        let file = match compute.dtype {
+            DType::F16 => "half_fp16_cpu",
+            _ => "half_bf16_cpu",
+        };
+        let Some(path) = golden(&format!("chatglm_v1/forward/{file}.safetensors")) else {
+            continue;
+        };
+        let official = read_safetensors(&path);
+        let cases: Vec<&str> = official
+            .keys()
+            .filter_map(|k| k.strip_suffix(".logits"))
+            .collect();
+        assert!(!cases.is_empty());
+        for case in cases {
+            let Some(path) = golden(&format!("chatglm_v1/forward/{case}.safetensors")) else {
+                continue;
+            };
+            let tensors = read_safetensors(&path);
+            let options = LoadOptions {
+                compute,
+                ..LoadOptions::default()
+            };
+            let Some(model) = load("chatglm_v1/checkpoint_fp16_bin", &options) else {
+                continue;
+            };
+            let batch = batch(&tensors);
+            let mut ws = model.workspace(batch.size, batch.len).unwrap();
+            let loss = model.loss(&mut ws, &batch).unwrap();
+            let vocabulary = model.config().vocab_size;
+            let logits = values(&model.logits(&ws).unwrap());
+            let want = tensors["logits"].to_f64_vec();
+            let rows: Vec<usize> = match tensors.get("logits_rows") {
+                Some(rows) => rows.as_slice::<i64>().iter().map(|&r| r as usize).collect(),
+                None => (0..batch.len).collect(),
+            };
+            let differences: Vec<f64> = (0..batch.size)
+                .flat_map(|b| rows.iter().map(move |t| b * batch.len + t))
+                .flat_map(|row| logits[row * vocabulary..][..vocabulary].to_vec())
+                .zip(&want)
+                .map(|(got, want)| (got - want).abs())
+                .collect();
+            assert_eq!(differences.len(), want.len());
+            let of = |name: &str| official[&format!("{case}.{name}")].to_f64_vec()[0];
+            let largest = differences.iter().copied().fold(0.0, f64::max);
+            let rms = (differences.iter().map(|d| d * d).sum::<f64>() / want.len() as f64).sqrt();
+            let want_loss = tensors["loss"].to_f64_vec()[0];
+            let (most, most_rms) = (2.0 * of("max_abs_diff_to_fp32"), 1.5 * of("rms_diff_to_fp32"));
+            // The loss is a mean of differences of logits: off by less than the root mean square of theirs.
+            eprintln!(
+                "{case} in {}: largest {largest:.2e} (at most {most:.2e}), rms {rms:.2e} ({most_rms:.2e}), loss {:.1e}",
+                compute.dtype,
+                (loss.mean() - want_loss).abs()
+            );
+            assert!(!differences.iter().any(|d| d.is_nan()));
+            assert!(largest <= most && rms <= most_rms, "{case} in {}", compute.dtype);
+            assert!(
+                (loss.mean() - want_loss).abs() <= most_rms,
+                "{case} in {}",
+                compute.dtype
+            );
+        }
+    }
 }
 
 #[test]
@@ -267,7 +348,9 @@ fn rope_tables_are_the_official_ones() {
         .filter(|(name, _)| name.starts_with("cos.fp32.dim"))
     {
         let r: usize = name["cos.fp32.dim".len()..].parse().unwrap();
-        let tables = glm::rope_tables(DType::F32, 2 * r, count).to_f64_vec();
+        let tables = glm::rope_tables(Compute::cpu(DType::F32), 2 * r, count)
+            .unwrap()
+            .to_f64_vec();
         let sin = tensors[&name.replace("cos", "sin")].to_f64_vec();
         for (want, offset) in [(cos.to_f64_vec(), 0), (sin, r / 2)] {
             // The official tables repeat the r/2 angles twice.

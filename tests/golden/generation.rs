@@ -9,11 +9,11 @@ use glmtune::generate::sampling::Sampler;
 use glmtune::generate::stream::TextStream;
 use glmtune::generate::{Ends, GenerationConfig, generate, run};
 use glmtune::model::{LoadOptions, Model, tune};
-use glmtune::tensor::Tensor;
+use glmtune::tensor::{Compute, Tensor};
 use glmtune::tokenizer::{Special, Tokenizer};
 use serde_json::{Map, Value};
 
-use crate::common::{assert_close, golden, read_safetensors, tolerance};
+use crate::common::{assert_close, exact_computes, golden, read_safetensors, tolerance};
 use crate::forward::load;
 
 const FOLDER: &str = "chatglm_v1/generation";
@@ -176,10 +176,12 @@ fn greedy(model: &Model, batch: &Batch, new_tokens: usize, eos: u32) -> (Vec<Vec
 }
 
 /// The model of a golden case, or `None` with a loud line when it needs a method that glmtune does not have yet.
-fn model_of(name: &str) -> Option<Model> {
-    let mut model = BASE
-        .iter()
-        .find_map(|folder| load(folder, &LoadOptions::default()))?;
+fn model_of(name: &str, compute: Compute) -> Option<Model> {
+    let options = LoadOptions {
+        compute,
+        ..LoadOptions::default()
+    };
+    let mut model = BASE.iter().find_map(|folder| load(folder, &options))?;
     if name == "base" {
         return Some(model);
     }
@@ -194,7 +196,7 @@ fn model_of(name: &str) -> Option<Model> {
                     .get(name)
                     .unwrap_or_else(|| panic!("final_trainable lacks {name}"));
                 assert_eq!(tensor.shape(), param.value.shape(), "{name}");
-                param.value = tensor.clone();
+                param.value = tensor.to_device(compute.device)?;
                 used += 1;
                 Ok(())
             })
@@ -217,6 +219,10 @@ fn model_of(name: &str) -> Option<Model> {
 
 #[test]
 fn greedy_continuations_and_their_logits_are_the_official_ones() {
+    exact_computes().into_iter().for_each(greedy_continuations);
+}
+
+fn greedy_continuations(compute: Compute) {
     let Some(json) = golden(&format!("{FOLDER}/greedy.json")) else {
         return;
     };
@@ -229,7 +235,7 @@ fn greedy_continuations_and_their_logits_are_the_official_ones() {
     for case in set["cases"].as_array().unwrap() {
         let name = case["model"].as_str().unwrap();
         if current.0 != name {
-            current = (name.to_string(), model_of(name), 0);
+            current = (name.to_string(), model_of(name, compute), 0);
         }
         let (_, model, index) = &mut current;
         let label = format!("{name}.{index}");
@@ -302,10 +308,16 @@ fn padded(prompts: &[Vec<u32>], answers: &[Vec<u32>], new_tokens: usize, pad: u3
 
 #[test]
 fn batches_with_left_padding_continue_as_officially() {
+    exact_computes().into_iter().for_each(left_padded_batches);
+}
+
+fn left_padded_batches(compute: Compute) {
     let Some(json) = golden(&format!("{FOLDER}/greedy.json")) else {
         return;
     };
-    let Some(model) = model_of("base") else { return };
+    let Some(model) = model_of("base", compute) else {
+        return;
+    };
     let set = read_json(&json);
     let (pad, new_tokens) = (
         model.config().pad_token_id,

@@ -5,10 +5,17 @@ use glmtune::model::tune::{self, Tuning};
 use glmtune::model::{LoadOptions, Model};
 use glmtune::rng::Stream;
 
-use crate::common::{golden, read_safetensors, relative_l2, tolerance};
+use crate::common::{exact_computes, golden, read_safetensors, relative_l2, tolerance, values};
 use crate::forward::batch;
+use glmtune::tensor::Compute;
 
 fn check(gradients: &str, checkpoint: &str, inputs: &str, head_apart: bool) {
+    for compute in exact_computes() {
+        check_on(compute, gradients, checkpoint, inputs, head_apart);
+    }
+}
+
+fn check_on(compute: Compute, gradients: &str, checkpoint: &str, inputs: &str, head_apart: bool) {
     let file = format!("chatglm_v1/gradients/{gradients}.safetensors");
     let (Some(path), Some(dir), Some(inputs)) = (
         golden(&file),
@@ -17,9 +24,16 @@ fn check(gradients: &str, checkpoint: &str, inputs: &str, head_apart: bool) {
     ) else {
         return;
     };
-    let mut model = Model::load(&Checkpoint::open(&dir).unwrap(), &LoadOptions::default()).unwrap();
+    let mut model = Model::load(
+        &Checkpoint::open(&dir).unwrap(),
+        &LoadOptions {
+            compute,
+            ..LoadOptions::default()
+        },
+    )
+    .unwrap();
     if head_apart {
-        tune::untie_head(&mut model);
+        tune::untie_head(&mut model).unwrap();
     }
     tune::apply(&mut model, &Tuning::Full, 0).unwrap();
     let batch = batch(&read_safetensors(&inputs));
@@ -41,7 +55,7 @@ fn check(gradients: &str, checkpoint: &str, inputs: &str, head_apart: bool) {
     let mut checked = 0;
     model.for_each_param(&mut |name, param| {
         let Some(want) = want.get(name) else { return };
-        let (got, want) = (param.grad.as_ref().unwrap().to_f64_vec(), want.to_f64_vec());
+        let (got, want) = (values(param.grad.as_ref().unwrap()), want.to_f64_vec());
         let l2 = relative_l2(&got, &want);
         let worst = got
             .iter()

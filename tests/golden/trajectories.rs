@@ -9,11 +9,13 @@ use glmtune::model::{LoadOptions, Model, ModelConfig, Weights, tune};
 use glmtune::optim::AdamWConfig;
 use glmtune::quant::QuantType;
 use glmtune::schedule::{Schedule, Scheduler};
-use glmtune::tensor::{DType, Tensor};
+use glmtune::tensor::{Compute, DType, Tensor};
 use glmtune::train::{Options, Trainer};
 use serde_json::Value;
 
-use crate::common::{assert_close, golden, read_safetensors, relative_l2, tolerance};
+use crate::common::{
+    assert_close, exact_computes, golden, half_computes, read_safetensors, relative_l2, tolerance, values,
+};
 
 const FOLDER: &str = "chatglm_v1/trajectories";
 
@@ -57,7 +59,7 @@ fn numbers(value: &Value) -> Vec<f64> {
         .collect()
 }
 
-fn load(kind: &str) -> Option<Model> {
+fn load(kind: &str, compute: Compute) -> Option<Model> {
     let dir = golden("chatglm_v1/checkpoint_fp32_safetensors")
         .or_else(|| golden("chatglm_v1/checkpoint_fp16_bin"))?;
     let weights = match kind {
@@ -70,28 +72,34 @@ fn load(kind: &str) -> Option<Model> {
     Some(
         Model::load(
             &Checkpoint::open(&dir).unwrap(),
-            &LoadOptions {
-                compute: DType::F32,
-                weights,
-            },
+            &LoadOptions { compute, weights },
         )
         .unwrap(),
     )
 }
 
-fn check(run: &str, dir: &Path) -> Option<()> {
+/// The steps of a run: losses, gradient norms, learning rates; and the trainer after the last.
+struct Walk {
+    trainer: Trainer,
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    rates: Vec<f64>,
+    /// Gradients of the first step by name, before clipping.
+    first: Vec<(String, Vec<f64>)>,
+}
+
+fn trajectory(dir: &Path) -> Value {
+    let text = std::fs::read_to_string(dir.join("trajectory.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn walk(run: &str, dir: &Path, compute: Compute) -> Option<Walk> {
     let text = std::fs::read_to_string(dir.join("trajectory.json")).unwrap();
     let want: Value = serde_json::from_str(&text).unwrap();
-    let tolerance = tolerance(&format!("{FOLDER}/{run}/"));
-    let bound = |key: &str| {
-        tolerance[key]
-            .as_f64()
-            .unwrap_or_else(|| panic!("{run}: tolerance {key}"))
-    };
     let h = &want["hyperparameters"];
     let number = |key: &str| h[key].as_f64();
 
-    let mut model = load(h["kind"].as_str().unwrap())?;
+    let mut model = load(h["kind"].as_str().unwrap(), compute)?;
     tune::load_adapter(&mut model, &dir.join("initial_adapter"), true).unwrap();
     let config = model.config().clone();
     let batches = read_safetensors(&dir.join("batches.safetensors"));
@@ -122,7 +130,7 @@ fn check(run: &str, dir: &Path) -> Option<()> {
         seed: 0,
     };
     let mut trainer = Trainer::new(model, options, size, len).unwrap();
-    let (mut losses, mut norms, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut losses, mut norms, mut rates, mut first) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let rows = |t: &Tensor, i: usize| t.as_slice::<i64>()[i * size * len..][..size * len].to_vec();
     for step in 0..steps {
         let micro_batches: Vec<Batch> = (step * accumulation..(step + 1) * accumulation)
@@ -132,7 +140,40 @@ fn check(run: &str, dir: &Path) -> Option<()> {
         losses.push(report.loss);
         norms.push(report.grad_norm);
         rates.push(report.learning_rate);
+        if step == 0 {
+            let scale = report.loss_scale.map_or(1.0, |s| s.scale);
+            trainer.model().for_each_param(&mut |name, param| {
+                if let Some(grad) = &param.grad {
+                    let grad = values(grad).into_iter().map(|g| g / scale).collect();
+                    first.push((name.to_string(), grad));
+                }
+            });
+        }
     }
+    Some(Walk {
+        trainer,
+        losses,
+        norms,
+        rates,
+        first,
+    })
+}
+
+fn check(run: &str, dir: &Path, compute: Compute) -> Option<()> {
+    let want = trajectory(dir);
+    let tolerance = tolerance(&format!("{FOLDER}/{run}/"));
+    let bound = |key: &str| {
+        tolerance[key]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{run}: tolerance {key}"))
+    };
+    let Walk {
+        trainer,
+        losses,
+        norms,
+        rates,
+        ..
+    } = walk(run, dir, compute)?;
     assert_close(
         &format!("{run}: learning rates"),
         &rates,
@@ -158,7 +199,7 @@ fn check(run: &str, dir: &Path) -> Option<()> {
     let initial = read_safetensors(&dir.join("initial_adapter/adapter_model.safetensors"));
     let mut last = read_safetensors(&dir.join("final_adapter/adapter_model.safetensors"));
     let (mut inside, mut all) = (0, 0);
-    for (name, tensor) in tune::adapter_tensors(trainer.model()) {
+    for (name, tensor) in tune::adapter_tensors(trainer.model()).unwrap() {
         let (got, start) = (tensor.to_f64_vec(), initial[&name].to_f64_vec());
         let want = last
             .remove(&name)
@@ -188,23 +229,76 @@ fn check(run: &str, dir: &Path) -> Option<()> {
     Some(())
 }
 
-/// Every trajectory of the set that starts from an adapter.
+/// The trajectories of the set that start from an adapter.
+fn runs() -> Vec<(String, std::path::PathBuf)> {
+    let Some(folder) = golden(FOLDER) else {
+        return Vec::new();
+    };
+    let entries = std::fs::read_dir(&folder).unwrap();
+    let mut runs: Vec<_> = entries
+        .map(|e| e.unwrap())
+        .map(|e| (e.file_name().into_string().unwrap(), e.path()))
+        .filter(|(_, dir)| dir.join("initial_adapter").is_dir())
+        .collect();
+    runs.sort();
+    runs
+}
+
 #[test]
 fn training_walks_the_path_of_pytorch() {
-    let Some(folder) = golden(FOLDER) else { return };
-    let mut checked = 0;
-    let mut names: Vec<_> = std::fs::read_dir(&folder)
-        .unwrap()
-        .map(|e| e.unwrap().file_name())
-        .collect();
-    names.sort();
-    for name in names {
-        let run = name.to_str().unwrap();
-        let dir = folder.join(run);
-        if dir.join("initial_adapter").is_dir() && check(run, &dir).is_some() {
-            eprintln!("{run}: as PyTorch");
-            checked += 1;
+    for compute in exact_computes() {
+        let mut checked = 0;
+        for (run, dir) in runs() {
+            if check(&run, &dir, compute).is_some() {
+                eprintln!("{run} on {}: as PyTorch", compute.device);
+                checked += 1;
+            }
+        }
+        assert!(checked > 0, "no LoRA trajectory in the set");
+    }
+}
+
+/// In fp16 and bf16 the first step's gradients and every step's loss are those of f32 within what the type can tell.
+///
+/// A gradient is a chain of products of rounded numbers: each of the three blocks rounds its activations and their
+/// gradients some ten times, so `|g - g32| / |g32|` is near `sqrt(60) u`, `u` being half an epsilon (2^-11, 2^-8); 16 u
+/// is twice that. The losses (near ln V = 7) are means over tokens of differences of logits of size 10: 16 u as well.
+#[test]
+fn training_in_half_precision_stays_beside_pytorch() {
+    for compute in half_computes() {
+        let unit = match compute.dtype {
+            DType::F16 => 2f64.powi(-11),
+            _ => 2f64.powi(-8),
+        };
+        for (run, dir) in runs() {
+            let Some(walk) = walk(&run, &dir, compute) else {
+                continue;
+            };
+            let what = format!("{run} in {}", compute.dtype);
+            let want = read_safetensors(&dir.join("step0_grads.safetensors"));
+            let mut worst = 0f64;
+            for (name, got) in &walk.first {
+                let want = want
+                    .get(name)
+                    .or_else(|| want.get(&name.replace(".weight", ".default.weight")))
+                    .unwrap_or_else(|| panic!("{what}: no golden gradient of {name}"));
+                // B starts at 0, so A has no gradient in the first step.
+                let want = want.to_f64_vec();
+                if want.iter().all(|&g| g == 0.0) {
+                    assert!(got.iter().all(|&g| g == 0.0), "{what}: {name}");
+                    continue;
+                }
+                worst = worst.max(relative_l2(got, &want));
+            }
+            let losses = numbers(&trajectory(&dir)["loss"]);
+            let off = walk.losses.iter().zip(&losses).map(|(a, b)| (a - b).abs());
+            let off = off.fold(0.0, f64::max);
+            eprintln!(
+                "{what}: gradients within {worst:.2e}, losses within {off:.2e} ({:.2e})",
+                16.0 * unit
+            );
+            assert!(worst <= 16.0 * unit, "{what}: gradients differ by {worst}");
+            assert!(off <= 16.0 * unit, "{what}: losses differ by {off}");
         }
     }
-    assert!(checked > 0, "no LoRA trajectory in {}", folder.display());
 }
