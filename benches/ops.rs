@@ -5,12 +5,11 @@
 //! held against the memory bandwidth that `copy` shows.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use glmtune::data::batch::Span;
 use glmtune::model::glm::rope_tables;
 use glmtune::ops::{self, WeightRef};
 use glmtune::quant::{QuantTensor, QuantType};
 use glmtune::rng::Stream;
-use glmtune::tensor::{DType, Shape, Tensor};
+use glmtune::tensor::{Compute, DType, Shape, Tensor};
 
 const F32: DType = DType::F32;
 
@@ -68,24 +67,21 @@ fn products(c: &mut Criterion) {
 
 fn attention(c: &mut Criterion) {
     let (heads, d, s) = (8, 128, 512);
-    let spans = [Span {
-        start: 0,
-        context: s / 4,
-    }];
+    let spans = Tensor::from_slice(&[0, (s / 4) as i32], [1, 2]);
     let mut qkv = random(1, [s, heads * 3 * d]);
     let (mut context, mut lse) = (zeros([s, heads * d]), zeros([s * heads]));
     let (d_context, mut dqkv) = (random(2, [s, heads * d]), zeros([s, heads * 3 * d]));
-    let tables = rope_tables(F32, d, s + 1);
+    let tables = rope_tables(Compute::cpu(F32), d, s + 1).expect("host memory");
     let positions: Vec<i32> = (0..s as i32).flat_map(|t| [t, 0]).collect();
     let positions = Tensor::from_slice(&positions, [s, 2]);
     let mut group = c.benchmark_group("attention S=512");
     group.throughput(Throughput::Elements((2 * heads * s * s * d) as u64));
     group.bench_function("forward", |b| {
-        b.iter(|| ops::attention(&qkv, &spans, heads, &mut context, &mut lse).expect("shapes fit"));
+        b.iter(|| ops::attention(&qkv, &spans, None, heads, &mut context, &mut lse).expect("shapes fit"));
     });
     group.bench_function("backward", |b| {
         b.iter(|| {
-            ops::attention_backward(&d_context, &qkv, &context, &lse, &spans, heads, &mut dqkv)
+            ops::attention_backward(&d_context, &qkv, &context, &lse, &spans, None, heads, &mut dqkv)
                 .expect("shapes fit");
         });
     });

@@ -11,7 +11,7 @@ use glmtune::model::{LoadOptions, Model, ModelConfig, Weights};
 use glmtune::ops;
 use glmtune::quant::QuantType;
 use glmtune::rng::Stream;
-use glmtune::tensor::{DType, Tensor};
+use glmtune::tensor::{Compute, DType, Tensor};
 
 struct Setup {
     name: &'static str,
@@ -107,7 +107,7 @@ fn tokens_per_second(s: &Setup, mode: &str, seconds: f64) -> f64 {
         _ => Weights::AsStored,
     };
     let options = LoadOptions {
-        compute: DType::F32,
+        compute: Compute::cpu(DType::F32),
         weights,
     };
     let mut model = Model::initialize(&config(s), 1, &options).expect("a valid configuration");
