@@ -129,7 +129,10 @@ fi
 python=${GLMTUNE_PYTHON:-python3}
 if ! "$python" -c 'import torch, bitsandbytes, peft' >"$logs/python" 2>&1; then
     skip peer "$(tail -1 "$logs/python")"
+elif [ $card = yes ] && [ $((total - (SECONDS - started))) -lt 120 ]; then
+    skip peer "no time left"
 elif [ $card = yes ]; then
+    # It starts no round that would end later than this, and needs a while to make its model.
     left=$((total - (SECONDS - started)))
     seconds=$((left - 110))
     step peer "$((left - 60))" "$python" "$folder/peer/compare.py" --ours "$glmtune" --device cuda \

@@ -19,6 +19,8 @@ pub struct Protocol {
     pub repeat_ms: f64,
     /// Operands are copied until they have this many bytes together: more than any cache holds.
     pub rotate_bytes: usize,
+    /// Side of the square matrices whose product is the ceiling of all products.
+    pub side: usize,
 }
 
 impl Protocol {
@@ -27,12 +29,14 @@ impl Protocol {
         repeats: 7,
         repeat_ms: 3.0,
         rotate_bytes: 256 << 20,
+        side: 8192,
     };
     /// To see that everything runs.
     pub const QUICK: Self = Self {
         repeats: 2,
         repeat_ms: 0.1,
         rotate_bytes: 1 << 10,
+        side: 128,
     };
 
     /// How many copies of an operand of `bytes` to rotate among. One that is larger than any cache sweeps it by itself.

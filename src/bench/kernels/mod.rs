@@ -198,10 +198,9 @@ impl Bench<'_> {
             })
         })?;
         self.report.ceilings.copy = self.last_rate(|work| work.bytes);
-        let side = match (device, self.settings.protocol == Protocol::QUICK) {
-            (_, true) => 128,
-            (Device::Cpu, _) => 1024,
-            (Device::Cuda(_), _) => 8192,
+        let side = match device {
+            Device::Cpu => self.settings.protocol.side.min(1024),
+            Device::Cuda(_) => self.settings.protocol.side,
         };
         self.attempt("ceiling", |bench| {
             let x = bench.numbers.tensor(device, dtype, [side, side], 1.0)?;
