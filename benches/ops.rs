@@ -130,17 +130,25 @@ fn pointwise(c: &mut Criterion) {
     let (mut p, g, mut m, mut v) = (random(1, [n]), random(2, [n]), zeros([n]), zeros([n]));
     let factors = ops::AdamW {
         clip: 1.0,
-        decay: 1.0,
         one_minus_beta1: 0.1,
         beta2: 0.999,
         one_minus_beta2: 0.001,
-        step_size: 1e-5,
         sqrt_correction2: 0.5,
         epsilon: 1e-8,
     };
     group.throughput(Throughput::Bytes(28 * n as u64));
     group.bench_function("adamw", |b| {
-        b.iter(|| ops::adamw(&mut p, &g, &mut m, &mut v, &factors).expect("shapes fit"));
+        b.iter(|| {
+            let slot = ops::AdamwSlot {
+                p: &mut p,
+                g: &g,
+                m: &mut m,
+                v: &mut v,
+                decay: 1.0,
+                step_size: 1e-5,
+            };
+            ops::adamw(&mut [slot], &factors).expect("shapes fit");
+        });
     });
     group.finish();
 }

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use glmtune::data::batch::{Batch, IGNORE, Span};
-use glmtune::model::tune::{self, LoraTarget, Tuning};
+use glmtune::model::tune::{self, LoraConfig, LoraTarget, Tuning};
 use glmtune::model::{LoadOptions, Model, ModelConfig, Weights};
 use glmtune::ops;
 use glmtune::quant::QuantType;
@@ -113,13 +113,10 @@ fn tokens_per_second(s: &Setup, mode: &str, seconds: f64) -> f64 {
     let mut model = Model::initialize(&config(s), 1, &options).expect("a valid configuration");
     let tuning = match mode {
         "full" => Tuning::Full,
-        _ => Tuning::Lora {
-            r: 8,
-            alpha: 16.0,
-            dropout: 0.0,
-            rslora: false,
+        _ => Tuning::Lora(LoraConfig {
             targets: LoraTarget::ALL.to_vec(),
-        },
+            ..LoraConfig::default()
+        }),
     };
     tune::apply(&mut model, &tuning, 1).expect("a valid tuning");
     let batch = batch(s);
@@ -136,11 +133,9 @@ fn tokens_per_second(s: &Setup, mode: &str, seconds: f64) -> f64 {
     let scale = 1.0 / batch.supervised() as f64;
     let factors = ops::AdamW {
         clip: 1.0,
-        decay: 1.0,
         one_minus_beta1: 0.1,
         beta2: 0.999,
         one_minus_beta2: 0.001,
-        step_size: 1e-5,
         sqrt_correction2: 0.5,
         epsilon: 1e-8,
     };
@@ -153,7 +148,15 @@ fn tokens_per_second(s: &Setup, mode: &str, seconds: f64) -> f64 {
         let update = model.for_each_param_mut(&mut |_, p| {
             if let Some(g) = &mut p.grad {
                 let (m, v) = moments.next().expect("as many moments as gradients");
-                ops::adamw(&mut p.value, g, m, v, &factors)?;
+                let slot = ops::AdamwSlot {
+                    p: &mut p.value,
+                    g,
+                    m,
+                    v,
+                    decay: 1.0,
+                    step_size: 1e-5,
+                };
+                ops::adamw(&mut [slot], &factors)?;
                 g.bytes_mut().fill(0);
             }
             Ok(())

@@ -28,7 +28,7 @@ template <typename T, int D, int KEYS> struct KeyTiles {
         uint32_t stride = in_prefix ? D : p.key_row_stride;
         const T *rows = static_cast<const T *>(in_prefix ? (value ? p.prefix_values : p.prefix_keys)
                                                          : (value ? p.values : p.keys));
-        rows += in_prefix ? uint64_t(blockIdx.y) * p.prefix * D
+        rows += in_prefix ? prefix_start(p, blockIdx.z, blockIdx.y, D)
                           : blockIdx.z * p.key_batch_stride + uint64_t(blockIdx.y) * p.key_head_stride;
         load_tile<D, KEYS>(tile, rows + uint64_t(at) * stride, stride, int(in_prefix ? p.prefix : p.key_count) - at);
     }

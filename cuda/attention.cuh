@@ -68,6 +68,11 @@ struct QueryTiles {
     DEVICE int next(int i) const { return i + 1 == padding ? max(padding, first) : i + 1; }
 };
 
+/// Where the prefix of a head begins. Sequences have one each, or all the same: a stride of 0.
+template <typename P> DEVICE uint64_t prefix_start(const P &p, uint32_t sequence, uint32_t head, uint32_t d) {
+    return sequence * p.prefix_batch_stride + uint64_t(head) * p.prefix * d;
+}
+
 // --- Tiles ------------------------------------------------------------------------------------------------------------
 
 /// Where a row's 16-byte chunk stands in a tile of D columns. Chunks are permuted within 128-byte lines so that the 8

@@ -76,7 +76,7 @@ template <typename T, int D> DEVICE void attention_backward_q(const AttentionBac
             bool in_prefix = i < prefix_tiles;
             int key = (in_prefix ? i : first_tile + i) * KEYS;
             uint32_t stride = in_prefix ? D : wide;
-            uint64_t prefix_at = (uint64_t(head) * p.prefix + key) * D;
+            uint64_t prefix_at = prefix_start(p, sequence, head, D) + uint64_t(key) * D;
             const T *keys = in_prefix ? static_cast<const T *>(p.prefix_keys) + prefix_at : qkv + uint64_t(key) * wide + D;
             const T *values = in_prefix ? static_cast<const T *>(p.prefix_values) + prefix_at : keys + D;
             int valid = int(in_prefix ? p.prefix : p.queries) - key;
@@ -182,7 +182,7 @@ constexpr int BACKWARD_ROWS = 32;
 constexpr bool KEYS_IN_REGISTERS = true;
 #endif
 
-/// Blocks: (tile of 64 keys, head, sequence), or (tile of 64 keys of the prefix, head); 4 warps of 16 keys each.
+/// Blocks: (tile of 64 keys, head, sequence), or (tile of 64 keys of a prefix, head, prefix); 4 warps of 16 keys each.
 ///
 /// Scores are computed transposed, so that Pᵀ and dSᵀ are in registers as the next products want them. k and the gradients of
 /// k and v stay in registers (with v there too, ptxas spills on some targets). Shared memory: two stages of 32 queries and
@@ -198,8 +198,8 @@ template <typename T, int D, bool PREFIX> DEVICE void attention_backward_kv(cons
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int column = int(threadIdx.x) % ROWS, kind = int(threadIdx.x) / ROWS;
     uint32_t head = blockIdx.y;
-    // To the prefix all sequences are one.
-    int rows = int(PREFIX ? p.size * p.queries : p.queries), key_count = int(PREFIX ? p.prefix : p.queries);
+    // To a prefix that they share all sequences are one.
+    int rows = int(PREFIX && p.prefix_batch_stride == 0 ? p.size * p.queries : p.queries), key_count = int(PREFIX ? p.prefix : p.queries);
     int key = int(blockIdx.x) * KEYS;
     uint32_t hidden = p.heads * D, wide = 3 * hidden;
     const T *qkv = static_cast<const T *>(p.qkv) + uint64_t(blockIdx.z) * p.queries * wide + head * (3 * D);
@@ -207,7 +207,7 @@ template <typename T, int D, bool PREFIX> DEVICE void attention_backward_kv(cons
 
     uint32_t k[KEYS_IN_REGISTERS ? STEPS : 1][4];
     {
-        uint64_t prefix_at = (uint64_t(head) * p.prefix + key) * D;
+        uint64_t prefix_at = prefix_start(p, blockIdx.z, head, D) + uint64_t(key) * D;
         const T *keys = PREFIX ? static_cast<const T *>(p.prefix_keys) + prefix_at : qkv + uint64_t(key) * wide + D;
         const T *values = PREFIX ? static_cast<const T *>(p.prefix_values) + prefix_at : keys + D;
         load_tile<D, KEYS>(key_tile, keys, PREFIX ? D : wide, key_count - key);
@@ -331,7 +331,7 @@ template <typename T, int D, bool PREFIX> DEVICE void attention_backward_kv(cons
         for (int half = 0; half < 2; half++) {
             int at = key + warp * 16 + half * 8 + g;
             if (at >= key_count) continue;
-            uint64_t to = (uint64_t(head) * p.prefix + at) * D;
+            uint64_t to = prefix_start(p, blockIdx.z, head, D) + uint64_t(at) * D;
             UNROLL
             for (int n = 0; n < D / 8; n++) {
                 UNROLL

@@ -57,7 +57,7 @@ template <typename T, int D> DEVICE void attention_decode(const AttentionDecode 
     int first = chunk + warp * GROUPS + lane / GROUP;
     // Unseen keys are computed like the nearest seen one and get the weight 0: branches would keep loads apart.
     auto near = [&](int i) { return uint64_t(min(max(first + i * WARPS * GROUPS, seen.from), seen.to - 1)) * stride; };
-    uint64_t at = in_prefix ? uint64_t(head) * p.prefix * D : uint64_t(sequence) * p.capacity * hidden + head * D;
+    uint64_t at = in_prefix ? prefix_start(p, sequence, head, D) : uint64_t(sequence) * p.capacity * hidden + head * D;
     const T *keys = static_cast<const T *>(in_prefix ? p.prefix_keys : p.keys) + at + c;
     const T *values = static_cast<const T *>(in_prefix ? p.prefix_values : p.values) + at + c;
 

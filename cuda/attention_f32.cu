@@ -85,7 +85,7 @@ KERNEL_MIN(attention_forward_f32, AttentionForward, 128, 4) {
         bool in_prefix = i < tiles.prefix_tiles;
         int key = tiles.first(i), count = int(in_prefix ? p.prefix : p.key_count);
         uint64_t stride = in_prefix ? d : p.key_row_stride;
-        uint64_t from = (in_prefix ? uint64_t(head) * p.prefix * d : key_at) + key * stride;
+        uint64_t from = (in_prefix ? prefix_start(p, sequence, head, d) : key_at) + key * stride;
         __syncthreads();
         copy_rows(keys, pitch, static_cast<const float *>(in_prefix ? p.prefix_keys : p.keys) + from, stride, TILE, count - key, d);
         copy_rows(values, d, static_cast<const float *>(in_prefix ? p.prefix_values : p.values) + from, stride, TILE,
@@ -152,7 +152,7 @@ KERNEL_MIN(attention_backward_q_f32, AttentionBackward, 128, 4) {
     for (int i = 0; i < tiles.count; i++) {
         bool in_prefix = i < tiles.prefix_tiles;
         int key = tiles.first(i), count = int(in_prefix ? p.prefix : p.queries);
-        uint64_t stride = in_prefix ? d : wide, prefix_at = (uint64_t(head) * p.prefix + key) * d;
+        uint64_t stride = in_prefix ? d : wide, prefix_at = prefix_start(p, sequence, head, d) + uint64_t(key) * d;
         const float *from = in_prefix ? static_cast<const float *>(p.prefix_keys) + prefix_at : qkv + key * stride + d;
         const float *value = in_prefix ? static_cast<const float *>(p.prefix_values) + prefix_at : from + d;
         __syncthreads();
@@ -183,7 +183,7 @@ KERNEL_MIN(attention_backward_q_f32, AttentionBackward, 128, 4) {
     }
 }
 
-/// Blocks: (8 keys, head, sequence), or (8 keys of the prefix, head); 4 warps of 2 keys each. Shared memory: 32 queries and
+/// Blocks: (8 keys, head, sequence), or (8 keys of a prefix, head, prefix); 4 warps of 2 keys each. Shared memory: 32 queries and
 /// their dO (rows of d | 1), 8 keys and values (rows of d), 32 weights and dS for each key.
 template <bool PREFIX> DEVICE void attention_backward_kv_plain(const AttentionBackward &p) {
     uint32_t d = p.head_dim, pitch = d | 1;
@@ -197,14 +197,14 @@ template <bool PREFIX> DEVICE void attention_backward_kv_plain(const AttentionBa
     uint32_t hidden = p.heads * d, wide = 3 * hidden;
     uint64_t sequence_row = uint64_t(blockIdx.z) * p.queries;
 
-    uint64_t stride = PREFIX ? d : wide, prefix_at = (uint64_t(head) * p.prefix + first) * d;
+    uint64_t stride = PREFIX ? d : wide, prefix_at = prefix_start(p, blockIdx.z, head, d) + uint64_t(first) * d;
     const float *own = static_cast<const float *>(p.qkv) + (sequence_row + first) * wide + (head * 3 + 1) * d;
     const float *from = PREFIX ? static_cast<const float *>(p.prefix_keys) + prefix_at : own;
     const float *value = PREFIX ? static_cast<const float *>(p.prefix_values) + prefix_at : own + d;
     copy_rows(block_k, d, from, stride, WARPS * FEW, end - first, d);
     copy_rows(block_v, d, value, stride, WARPS * FEW, end - first, d);
-    // To the prefix all sequences are one.
-    int rows = int(PREFIX ? p.size * p.queries : p.queries);
+    // To a prefix that they share all sequences are one.
+    int rows = int(PREFIX && p.prefix_batch_stride == 0 ? p.size * p.queries : p.queries);
     Mask mask = Mask::load(p.spans, blockIdx.z, p.queries, p.prefix);
     QueryTiles tiles{0, 0, (rows + TILE - 1) / TILE};
     if (!PREFIX) tiles = QueryTiles::of(mask, first, end, TILE);
@@ -242,7 +242,7 @@ template <bool PREFIX> DEVICE void attention_backward_kv_plain(const AttentionBa
             if (c >= d) continue;
             float key_gradient = dk[r][part] * p.scale * LN_2;
             if constexpr (PREFIX) {
-                uint64_t to = (uint64_t(head) * p.prefix + row + r) * d + c;
+                uint64_t to = prefix_start(p, blockIdx.z, head, d) + uint64_t(row + r) * d + c;
                 p.d_prefix_keys[to] += key_gradient;
                 p.d_prefix_values[to] += dv[r][part];
             } else {

@@ -25,6 +25,7 @@ template <typename C> DEVICE void gemm_sum(const Gemm &p) {
 GEMM(gemm_nt_ttt, T, T, T, K, K)
 GEMM(gemm_nt_tft, T, float, T, K, K)
 GEMM(gemm_nt_ttf, T, T, float, K, K)
+GEMM(gemm_nt_tff, T, float, float, K, K)
 GEMM(gemm_nn_ttt, T, T, T, K, EXTENT)
 GEMM(gemm_nn_tft, T, float, T, K, EXTENT)
 GEMM(gemm_nn_ftf, float, T, float, K, EXTENT)
@@ -39,6 +40,7 @@ GEMM(gemm_tn_ftf, float, T, float, EXTENT, EXTENT)
     GEMM_KERNELS(gemm_nt_ttt, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_nt_tft, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_nt_ttf, T, suffix)                                                                     \
+    GEMM_KERNELS(gemm_nt_tff, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_nn_ttt, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_nn_tft, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_nn_ftf, T, suffix)                                                                     \

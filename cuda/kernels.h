@@ -36,7 +36,12 @@ struct GeluBackward {
 };
 GLM_ASSERT_SIZE(struct GeluBackward, 24);
 
-/// `y = mask x scale` of `n` elements, or `y += ...` when `accumulate` is 1. Element `i` is kept when the uniform `i` of
+/// What `Dropout` does with what it has made: writes it, adds it to y, or writes what it took from x.
+#define GLM_DROPOUT_WRITE 0
+#define GLM_DROPOUT_ACCUMULATE 1
+#define GLM_DROPOUT_REST 2
+
+/// `d = mask x scale` of `n` elements; then `y = d`, `y += d` or `y = x - d`. Element `i` is kept when the uniform `i` of
 /// the stream (`seed`, `stream`) is at least `p`; `scale` is `1 / (1 - p)`.
 struct Dropout {
     void *y;
@@ -46,7 +51,7 @@ struct Dropout {
     uint64_t stream;
     float p;
     float scale;
-    uint32_t accumulate;
+    uint32_t then;
     uint32_t reserved;
 };
 GLM_ASSERT_SIZE(struct Dropout, 56);
@@ -67,6 +72,17 @@ struct Rope {
     uint32_t reserved;
 };
 GLM_ASSERT_SIZE(struct Rope, 48);
+
+/// `y += bound (2 u - 1)` of `n` elements, with the uniforms `u` of the stream (`seed`, `stream`).
+struct Noise {
+    void *y;
+    uint64_t n;
+    uint64_t seed;
+    uint64_t stream;
+    float bound;
+    uint32_t reserved;
+};
+GLM_ASSERT_SIZE(struct Noise, 40);
 
 /// `y = x` of `n` elements in another type, rounded to nearest even; the kernel's name holds both types, from and to.
 struct Cast {
@@ -136,6 +152,19 @@ struct ColumnSums {
 };
 GLM_ASSERT_SIZE(struct ColumnSums, 32);
 
+/// `partials [parts, N]`: for each part of `rows_per_part` rows the sum of `x y factor [N]`. `AddPartials` follows.
+struct ColumnProducts {
+    float *partials;
+    const void *x;
+    const void *y;
+    const float *factor;
+    uint32_t m;
+    uint32_t n;
+    uint32_t rows_per_part;
+    uint32_t reserved;
+};
+GLM_ASSERT_SIZE(struct ColumnProducts, 48);
+
 /// `first [N] += sum over parts of partials [parts, outputs, N]`, and `second [N]` likewise; parts in order. `outputs` is
 /// the grid's height; `second` is not touched when it is 1.
 struct AddPartials {
@@ -147,13 +176,61 @@ struct AddPartials {
 };
 GLM_ASSERT_SIZE(struct AddPartials, 32);
 
+// --- dora.cu ----------------------------------------------------------------------------------------------------------
+
+/// Threads of a block of the kernels of DoRA.
+#define GLM_DORA_THREADS 256
+
+/// `squares [N] = sum over k of w [N, K]^2`, a block for each row.
+struct RowSquares {
+    float *squares;
+    const void *w;
+    uint32_t n;
+    uint32_t k;
+};
+GLM_ASSERT_SIZE(struct RowSquares, 24);
+
+/// `norm_i^2 = squares_i + sum over j of b_ij (2 s p_ji + s^2 q_ij)`; `gain [N] = magnitude / norm`, `inverse [N] = 1 /
+/// norm`. `b` and `q` are `[N, r]`, `p` is `[r, N]`.
+struct DoraGain {
+    float *gain;
+    float *inverse;
+    const float *magnitude;
+    const float *squares;
+    const float *b;
+    const float *p;
+    const float *q;
+    uint32_t n;
+    uint32_t r;
+    float s;
+    uint32_t reserved;
+};
+GLM_ASSERT_SIZE(struct DoraGain, 72);
+
+/// `y [M, N] = (gain [N] + shift) x + bias [N] + alpha * residual [M, N]`, or `y += ...` when `accumulate` is 1; bias and
+/// residual may be null.
+struct ScaleColumns {
+    void *y;
+    const void *x;
+    const float *gain;
+    const float *bias;
+    const void *residual;
+    uint32_t m;
+    uint32_t n;
+    float shift;
+    float alpha;
+    uint32_t accumulate;
+    uint32_t reserved;
+};
+GLM_ASSERT_SIZE(struct ScaleColumns, 64);
+
 // --- rows.cu ----------------------------------------------------------------------------------------------------------
 
 /// Threads of a block of the kernels that move rows.
 #define GLM_ROWS_THREADS 256
 
 /// `y [R, N] = x [rows, N]` for `R` row numbers into `x [M, N]`, also an embedding of token ids. A number outside of `x`
-/// makes its row NaN.
+/// makes its row NaN. `x` is of y's type, or F32 and rounded: `gather_rounded_*`.
 struct GatherRows {
     void *y;
     const void *x;
@@ -201,7 +278,7 @@ GLM_ASSERT_SIZE(struct EmbeddingBackward, 40);
 #define GLM_NON_FINITE_BLOCKS 256
 
 /// A piece of one parameter: at most `GLM_CHUNK` elements of the value, its gradient and its moments. `decay` is
-/// `1 - lr weight_decay`, or 1.
+/// `1 - lr weight_decay`, or 1; `step_size` is `lr / (1 - beta1^t)`.
 struct AdamwChunk {
     float *p;
     const float *g;
@@ -209,21 +286,21 @@ struct AdamwChunk {
     float *v;
     uint32_t n;
     float decay;
+    float step_size;
+    uint32_t reserved;
 };
-GLM_ASSERT_SIZE(struct AdamwChunk, 40);
+GLM_ASSERT_SIZE(struct AdamwChunk, 48);
 
-/// The scalars of an AdamW step, as in src/cpu/optim.rs; the decay is each chunk's own.
+/// The scalars of an AdamW step that all parameters share, as in src/cpu/optim.rs.
 struct AdamwFactors {
     float clip;
     float one_minus_beta1;
     float beta2;
     float one_minus_beta2;
-    float step_size;
     float sqrt_correction2;
     float epsilon;
-    uint32_t reserved;
 };
-GLM_ASSERT_SIZE(struct AdamwFactors, 32);
+GLM_ASSERT_SIZE(struct AdamwFactors, 24);
 
 /// One AdamW step over all chunks, one block each:
 /// `g = clip g; m += (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g g;
@@ -232,7 +309,47 @@ struct Adamw {
     const struct AdamwChunk *chunks;
     struct AdamwFactors factors;
 };
-GLM_ASSERT_SIZE(struct Adamw, 40);
+GLM_ASSERT_SIZE(struct Adamw, 32);
+
+/// A piece of one parameter of an optimizer with one moment: at most `GLM_CHUNK` elements. `m` may be null in `Sgd`.
+struct MomentumChunk {
+    float *p;
+    const float *g;
+    float *m;
+    uint32_t n;
+    float rate;
+    float decay;
+    uint32_t reserved;
+};
+GLM_ASSERT_SIZE(struct MomentumChunk, 40);
+
+/// One step of stochastic gradient descent over all chunks, one block each; `decay` is the weight decay:
+/// `g = clip g + decay p; m = momentum m + g; p -= rate m`, or `p -= rate g` in a chunk without m.
+struct Sgd {
+    const struct MomentumChunk *chunks;
+    float clip;
+    float momentum;
+};
+GLM_ASSERT_SIZE(struct Sgd, 16);
+
+/// The scalars of a Lion step that all parameters share, as in src/cpu/optim.rs.
+struct LionFactors {
+    float clip;
+    float beta1;
+    float one_minus_beta1;
+    float beta2;
+    float one_minus_beta2;
+    uint32_t reserved;
+};
+GLM_ASSERT_SIZE(struct LionFactors, 24);
+
+/// One Lion step over all chunks, one block each; `decay` is `1 - rate weight_decay`, or 1:
+/// `g = clip g; p = decay p - rate sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g`.
+struct Lion {
+    const struct MomentumChunk *chunks;
+    struct LionFactors factors;
+};
+GLM_ASSERT_SIZE(struct Lion, 32);
 
 /// A piece of one tensor: at most `GLM_CHUNK` elements.
 struct FloatChunk {
@@ -248,14 +365,6 @@ struct SumOfSquares {
     const struct FloatChunk *chunks;
 };
 GLM_ASSERT_SIZE(struct SumOfSquares, 16);
-
-/// `sum = sum of partials [n]`, by one block, in an order that depends on `n` only.
-struct SumPartials {
-    double *sum;
-    const double *partials;
-    uint64_t n;
-};
-GLM_ASSERT_SIZE(struct SumPartials, 24);
 
 /// `x = 0` in each chunk, one block each.
 struct ZeroChunks {
@@ -278,6 +387,45 @@ struct CountNonFinite {
     uint64_t n;
 };
 GLM_ASSERT_SIZE(struct CountNonFinite, 24);
+
+// --- optim_8bit.cu ----------------------------------------------------------------------------------------------------
+
+/// Moments that share one scale in 8 bits; `GLM_CHUNK` is a multiple.
+#define GLM_BLOCK_8BIT 256
+
+/// What the 256 codes of the two moments mean, ascending, and the midpoints between neighbours; element 255 of those is
+/// not read.
+struct Maps8bit {
+    float m[256];
+    float m_midpoints[256];
+    float v[256];
+    float v_midpoints[256];
+};
+GLM_ASSERT_SIZE(struct Maps8bit, 4096);
+
+/// A piece of one parameter as `AdamwChunk`, whose moments are `map[codes] absmax`: `m` and `v [n]` are codes, `m_absmax`
+/// and `v_absmax [ceil(n / GLM_BLOCK_8BIT)]` the largest magnitude of each block.
+struct Adamw8bitChunk {
+    float *p;
+    const float *g;
+    uint8_t *m;
+    uint8_t *v;
+    float *m_absmax;
+    float *v_absmax;
+    uint32_t n;
+    float decay;
+    float step_size;
+    uint32_t reserved;
+};
+GLM_ASSERT_SIZE(struct Adamw8bitChunk, 64);
+
+/// The step of `Adamw` over all chunks, one block each, on moments that are dequantised before and quantised after it.
+struct Adamw8bit {
+    const struct Adamw8bitChunk *chunks;
+    const struct Maps8bit *maps;
+    struct AdamwFactors factors;
+};
+GLM_ASSERT_SIZE(struct Adamw8bit, 40);
 
 // --- gemm.cu ----------------------------------------------------------------------------------------------------------
 
@@ -565,7 +713,8 @@ GLM_ASSERT_SIZE(struct Nf4Few, 192);
 /// `keys + b key_batch_stride + j key_row_stride + h key_head_stride`, its value at the same place of `values`: beside
 /// the queries in `qkv`, or in a cache. Query i stands at position `key_count - queries + i`. `spans [B, 2]`: start and
 /// context of each sequence; key j is visible to the query at position i when both are at least start and
-/// `j < context || j <= i`. `prefix_keys`, `prefix_values [heads, prefix, d]` are visible to every query. A query before
+/// `j < context || j <= i`. `prefix_keys`, `prefix_values [heads, prefix, d]` are visible to every query; those of sequence b
+/// begin at `b prefix_batch_stride`, which is 0 when all share them. A query before
 /// start sees the prefix only, and without a prefix all keys with equal weights. `scale` is `log2 e / sqrt(d)`:
 /// the softmax is made of powers of two. Strides count elements.
 struct AttentionForward {
@@ -578,6 +727,7 @@ struct AttentionForward {
     const void *prefix_values;
     const int32_t *spans;
     uint64_t key_batch_stride;
+    uint64_t prefix_batch_stride;
     uint32_t key_row_stride;
     uint32_t key_head_stride;
     uint32_t queries;
@@ -587,7 +737,7 @@ struct AttentionForward {
     uint32_t prefix;
     float scale;
 };
-GLM_ASSERT_SIZE(struct AttentionForward, 104);
+GLM_ASSERT_SIZE(struct AttentionForward, 112);
 
 // --- attention_backward.cu --------------------------------------------------------------------------------------------
 
@@ -619,7 +769,7 @@ GLM_ASSERT_SIZE(struct AttentionDelta, 40);
 /// The gradient of `AttentionForward` over keys of the same rows: three kernels, each of which writes its own part.
 ///
 /// `dqkv [B S, heads 3 d]`: written, still rotated; q by one kernel, k and v by another. `d_prefix_keys` and
-/// `d_prefix_values [heads, prefix, d]`: added to by the third. `d_context [B S, heads d]`, `qkv [B S, heads 3 d]`,
+/// `d_prefix_values [heads, prefix, d]`, of each sequence or of all: added to by the third. `d_context [B S, heads d]`, `qkv [B S, heads 3 d]`,
 /// `log_sum_exp` and `delta [B, heads, S]`; the rest as in `AttentionForward`; `size` is B.
 struct AttentionBackward {
     void *dqkv;
@@ -632,6 +782,7 @@ struct AttentionBackward {
     const void *prefix_keys;
     const void *prefix_values;
     const int32_t *spans;
+    uint64_t prefix_batch_stride;
     uint32_t size;
     uint32_t queries;
     uint32_t heads;
@@ -639,7 +790,7 @@ struct AttentionBackward {
     uint32_t prefix;
     float scale;
 };
-GLM_ASSERT_SIZE(struct AttentionBackward, 104);
+GLM_ASSERT_SIZE(struct AttentionBackward, 112);
 
 // --- attention_decode.cu ----------------------------------------------------------------------------------------------
 
@@ -677,6 +828,7 @@ struct AttentionDecode {
     const void *prefix_keys;
     const void *prefix_values;
     const int32_t *spans;
+    uint64_t prefix_batch_stride;
     uint32_t key_count;
     uint32_t capacity;
     uint32_t heads;
@@ -684,7 +836,7 @@ struct AttentionDecode {
     uint32_t prefix;
     float scale;
 };
-GLM_ASSERT_SIZE(struct AttentionDecode, 96);
+GLM_ASSERT_SIZE(struct AttentionDecode, 104);
 
 /// Joins the chunks of `AttentionDecode`: `context [B, heads d]`, `log_sum_exp [B, heads]`.
 struct AttentionCombine {
@@ -700,6 +852,66 @@ struct AttentionCombine {
     uint32_t reserved;
 };
 GLM_ASSERT_SIZE(struct AttentionCombine, 56);
+
+// --- prefix.cu --------------------------------------------------------------------------------------------------------
+
+/// Threads of a block of the kernels of a prefix, and the elements that one has of a row.
+#define GLM_PREFIX_THREADS 256
+#define GLM_PREFIX_SPAN 8
+
+/// Keys or values of one layer out of a prefix's table: `y [B, heads, P, d] = table [P, columns]`, of which row p holds
+/// those of position p from column `first` on, head after head; then dropout.
+///
+/// Element `i` of `[B, P, columns]` is kept when the stream's uniform `i` is at least `p`, and times `scale = 1 / (1 - p)`
+/// then. B is `size`, P is `length`.
+struct PrefixHeads {
+    void *y;
+    const float *table;
+    uint64_t seed;
+    uint64_t stream;
+    uint32_t size;
+    uint32_t length;
+    uint32_t heads;
+    uint32_t head_dim;
+    uint32_t columns;
+    uint32_t first;
+    float p;
+    float scale;
+};
+GLM_ASSERT_SIZE(struct PrefixHeads, 64);
+
+/// The gradient of `PrefixHeads`: `d_table [P, columns]` is added `Σ_b` of `dy [B, heads, P, d]` behind the same dropout.
+struct PrefixHeadsBackward {
+    float *d_table;
+    const float *dy;
+    uint64_t seed;
+    uint64_t stream;
+    uint32_t size;
+    uint32_t length;
+    uint32_t heads;
+    uint32_t head_dim;
+    uint32_t columns;
+    uint32_t first;
+    float p;
+    float scale;
+};
+GLM_ASSERT_SIZE(struct PrefixHeadsBackward, 64);
+
+/// `y = tanh(x)` of `n` elements.
+struct Tanh {
+    float *y;
+    const float *x;
+    uint64_t n;
+};
+GLM_ASSERT_SIZE(struct Tanh, 24);
+
+/// The gradient of `Tanh` in place, from its output: `d *= 1 - y^2`.
+struct TanhBackward {
+    float *d;
+    const float *y;
+    uint64_t n;
+};
+GLM_ASSERT_SIZE(struct TanhBackward, 24);
 
 // --- lane_maps.cu -----------------------------------------------------------------------------------------------------
 

@@ -204,6 +204,28 @@ template <typename T> DEVICE void column_sums(const ColumnSums &p) {
 // static: column_sums_f32 shared=4096 expect=load16
 KERNELS_FOR_TYPES(column_sums, ColumnSums, GLM_COLUMN_THREADS)
 
+/// As [`sum_rows`].
+template <typename T> DEVICE void column_products(const ColumnProducts &p) {
+    constexpr int N = Vec<T>::N;
+    by_access(aligned_16(p.x, p.y, p.factor, p.n * sizeof(T)), [&](auto access) {
+        auto load = [&](uint32_t row, uint32_t column, uint32_t left, float (&addends)[1][N]) {
+            const uint64_t at = uint64_t(row) * p.n + column;
+            float y[N], factor[N];
+            access.load(addends[0], static_cast<const T *>(p.x) + at, left);
+            access.load(y, static_cast<const T *>(p.y) + at, left);
+            access.load(factor, p.factor + column, left);
+            UNROLL
+            for (int i = 0; i < N; i++) {
+                addends[0][i] *= y[i] * factor[i];
+            }
+        };
+        sum_rows<T, 1>(p.partials, p.m, p.n, p.rows_per_part, load);
+    });
+}
+// static: column_products shared=8192 expect=load16
+// static: column_products_f32 shared=4096 expect=load16
+KERNELS_FOR_TYPES(column_products, ColumnProducts, GLM_COLUMN_THREADS)
+
 /// Each thread: one column of the output number `blockIdx.y`.
 KERNEL(add_partials, AddPartials, GLM_COLUMN_THREADS) {
     const uint32_t column = blockIdx.x * blockDim.x + threadIdx.x;

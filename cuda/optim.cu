@@ -1,6 +1,7 @@
 /// The optimizer over all parameters at once, and what looks for numbers that are none.
 #include "compat.cuh"
 #include "kernels.h"
+#include "optim.cuh"
 #include "span.cuh"
 #include "types.cuh"
 
@@ -32,7 +33,6 @@ DEVICE double fold_sum(double value) {
 /// Each block: one chunk.
 KERNEL(adamw, Adamw, GLM_OPTIM_THREADS) {
     constexpr int N = Vec<float>::N;
-    const AdamwFactors &f = p.factors;
     const AdamwChunk chunk = p.chunks[blockIdx.x];
     const bool aligned = aligned_16(chunk.p, chunk.g, chunk.m, chunk.v);
     spans_of_block<N>(chunk.n, aligned, [&](auto access, uint32_t i, uint32_t left) {
@@ -43,15 +43,56 @@ KERNEL(adamw, Adamw, GLM_OPTIM_THREADS) {
         access.load(v, chunk.v + i, left);
         UNROLL
         for (int j = 0; j < N; j++) {
-            const float gradient = g[j] * f.clip;
-            m[j] += f.one_minus_beta1 * (gradient - m[j]);
-            v[j] = v[j] * f.beta2 + f.one_minus_beta2 * gradient * gradient;
-            const float denominator = sqrtf(v[j]) / f.sqrt_correction2 + f.epsilon;
-            value[j] = value[j] * chunk.decay - f.step_size * m[j] / denominator;
+            adamw_element(value[j], g[j], m[j], v[j], chunk.decay, chunk.step_size, p.factors);
         }
         access.store(chunk.p + i, value, left);
         access.store(chunk.m + i, m, left);
         access.store(chunk.v + i, v, left);
+    });
+}
+
+/// Each block: one chunk.
+KERNEL(sgd, Sgd, GLM_OPTIM_THREADS) {
+    constexpr int N = Vec<float>::N;
+    const MomentumChunk chunk = p.chunks[blockIdx.x];
+    const bool has_momentum = chunk.m != nullptr;
+    spans_of_block<N>(chunk.n, aligned_16(chunk.p, chunk.g, chunk.m), [&](auto access, uint32_t i, uint32_t left) {
+        float value[N], g[N], m[N];
+        access.load(value, chunk.p + i, left);
+        access.load(g, chunk.g + i, left);
+        access.load(m, chunk.m + i, has_momentum ? left : 0);
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            const float gradient = __fmul_rn(g[j], p.clip) + __fmul_rn(chunk.decay, value[j]);
+            m[j] = has_momentum ? __fmul_rn(p.momentum, m[j]) + gradient : gradient;
+            value[j] -= __fmul_rn(chunk.rate, m[j]);
+        }
+        access.store(chunk.p + i, value, left);
+        access.store(chunk.m + i, m, has_momentum ? left : 0);
+    });
+}
+
+/// Each block: one chunk.
+KERNEL(lion, Lion, GLM_OPTIM_THREADS) {
+    constexpr int N = Vec<float>::N;
+    const LionFactors &f = p.factors;
+    const MomentumChunk chunk = p.chunks[blockIdx.x];
+    spans_of_block<N>(chunk.n, aligned_16(chunk.p, chunk.g, chunk.m), [&](auto access, uint32_t i, uint32_t left) {
+        float value[N], g[N], m[N];
+        access.load(value, chunk.p + i, left);
+        access.load(g, chunk.g + i, left);
+        access.load(m, chunk.m + i, left);
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            const float gradient = __fmul_rn(g[j], f.clip);
+            const float mean = __fmul_rn(f.beta1, m[j]) + __fmul_rn(f.one_minus_beta1, gradient);
+            // 0 stays 0, and what is no number stays none.
+            const float sign = mean > 0.0f ? 1.0f : mean < 0.0f ? -1.0f : mean;
+            value[j] = __fmul_rn(value[j], chunk.decay) - __fmul_rn(chunk.rate, sign);
+            m[j] = __fmul_rn(f.beta2, m[j]) + __fmul_rn(f.one_minus_beta2, gradient);
+        }
+        access.store(chunk.p + i, value, left);
+        access.store(chunk.m + i, m, left);
     });
 }
 
@@ -72,19 +113,6 @@ KERNEL(sum_of_squares, SumOfSquares, GLM_OPTIM_THREADS) {
     sum = fold_sum(sum);
     if (threadIdx.x == 0) {
         p.partials[blockIdx.x] = sum;
-    }
-}
-
-/// One block. Shared memory: a double a thread.
-// static: sum_partials shared=2048
-KERNEL(sum_partials, SumPartials, GLM_OPTIM_THREADS) {
-    double sum = 0.0;
-    for (uint64_t i = threadIdx.x; i < p.n; i += blockDim.x) {
-        sum += p.partials[i];
-    }
-    sum = fold_sum(sum);
-    if (threadIdx.x == 0) {
-        *p.sum = sum;
     }
 }
 

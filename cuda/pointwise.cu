@@ -61,7 +61,7 @@ template <typename T> DEVICE void dropout(const Dropout &p) {
     own_span<N>(p.n, aligned_16(p.x, p.y), [&](auto access, uint64_t i, uint32_t left) {
         float values[N], y[N] = {};
         access.load(values, static_cast<const T *>(p.x) + i, left);
-        if (p.accumulate) {
+        if (p.then == GLM_DROPOUT_ACCUMULATE) {
             access.load(y, static_cast<const T *>(p.y) + i, left);
         }
         UNROLL
@@ -71,7 +71,7 @@ template <typename T> DEVICE void dropout(const Dropout &p) {
             UNROLL
             for (int k = 0; k < 4; k++) {
                 const float value = uniform(words[k]) >= p.p ? values[j + k] * p.scale : 0.0f;
-                y[j + k] = p.accumulate ? y[j + k] + value : value;
+                y[j + k] = p.then == GLM_DROPOUT_REST ? values[j + k] - value : y[j + k] + value;
             }
         }
         access.store(static_cast<T *>(p.y) + i, y, left);
@@ -79,6 +79,27 @@ template <typename T> DEVICE void dropout(const Dropout &p) {
 }
 // static: dropout expect=load16
 KERNELS_FOR_TYPES(dropout, Dropout, GLM_POINTWISE_THREADS)
+
+/// Each thread: 16 bytes; four neighbours share a block of the generator.
+template <typename T> DEVICE void noise(const Noise &p) {
+    constexpr int N = Vec<T>::N;
+    own_span<N>(p.n, aligned_16(p.y), [&](auto access, uint64_t i, uint32_t left) {
+        float y[N];
+        access.load(y, static_cast<const T *>(p.y) + i, left);
+        UNROLL
+        for (int j = 0; j < N; j += 4) {
+            uint32_t words[4];
+            philox(words, p.seed, p.stream, (i + j) / 4);
+            UNROLL
+            for (int k = 0; k < 4; k++) {
+                y[j + k] += p.bound * (2.0f * uniform(words[k]) - 1.0f);
+            }
+        }
+        access.store(static_cast<T *>(p.y) + i, y, left);
+    });
+}
+// static: noise expect=load16
+KERNELS_FOR_TYPES(noise, Noise, GLM_POINTWISE_THREADS)
 
 /// Turns what one thread owns of a row: `N` neighbouring pairs of every head that falls to it.
 ///

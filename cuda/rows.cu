@@ -4,8 +4,8 @@
 #include "span.cuh"
 #include "types.cuh"
 
-/// Each block: row x of the output, a strip of its columns; a thread 16 bytes of it.
-template <typename T> DEVICE void gather_rows(const GatherRows &p) {
+/// Each block: row x of the output, a strip of its columns; a thread 16 bytes of it. From an x of elements S.
+template <typename T, typename S> DEVICE void gather(const GatherRows &p) {
     constexpr int N = Vec<T>::N;
     const uint32_t column = (blockIdx.y * blockDim.x + threadIdx.x) * N, row = blockIdx.x;
     if (column >= p.n) {
@@ -15,7 +15,7 @@ template <typename T> DEVICE void gather_rows(const GatherRows &p) {
     const bool inside = from >= 0 && uint32_t(from) < p.m;
     by_access(aligned_16(p.x, p.y, p.n * sizeof(T)), [&](auto access) {
         float values[N];
-        const T *x = static_cast<const T *>(p.x) + uint64_t(inside ? from : 0) * p.n + column;
+        const S *x = static_cast<const S *>(p.x) + uint64_t(inside ? from : 0) * p.n + column;
         access.load(values, x, inside ? p.n - column : 0);
         UNROLL
         for (int i = 0; i < N; i++) {
@@ -24,8 +24,14 @@ template <typename T> DEVICE void gather_rows(const GatherRows &p) {
         access.store(static_cast<T *>(p.y) + uint64_t(row) * p.n + column, values, p.n - column);
     });
 }
+template <typename T> DEVICE void gather_rows(const GatherRows &p) { gather<T, T>(p); }
 // static: gather_rows shared=32 expect=load16
 KERNELS_FOR_TYPES(gather_rows, GatherRows, GLM_ROWS_THREADS)
+// static: gather_rounded_* shared=32 expect=load16
+KERNEL(gather_rounded_f16, GatherRows, GLM_ROWS_THREADS) { gather<half_t, float>(p); }
+#if GLM_HAS_BF16
+KERNEL(gather_rounded_bf16, GatherRows, GLM_ROWS_THREADS) { gather<bf16_t, float>(p); }
+#endif
 
 /// Each block: row x of the output, a strip of its columns. All threads look for the row among the numbers, so that no
 /// element is written twice and no pass of zeros comes first. Shared memory: one word for each warp.

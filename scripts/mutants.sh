@@ -2,6 +2,7 @@
 # Plants the bugs of tests/cuda/mutants.list in the kernels, one at a time: each must fail its test, which must pass on the
 # kernels as they are. bash scripts/mutants.sh [names]
 #
+# PART=i/n: only every n-th mutant, from the i-th on (i from 0), for checks that have little time.
 # The test program is built once (features: FEATURES, emu unless set). A mutant is a shared library of the emulator and one
 # kernel file, whose kernels the emulator in the test program prefers to its own (cuda/emu/substitute.h).
 set -euo pipefail
@@ -38,6 +39,13 @@ while IFS= read -r line; do
     esac
 done <$list
 wanted=("${@:-${names[@]}}")
+if [ -n "${PART:-}" ]; then
+    chosen=()
+    for ((i = ${PART%/*}; i < ${#wanted[@]}; i += ${PART#*/})); do
+        chosen+=("${wanted[i]}")
+    done
+    wanted=("${chosen[@]}")
+fi
 for name in "${wanted[@]}"; do
     [ -n "${file[$name]:-}" ] || fail "$list: no mutant is called $name"
     text=$(<"cuda/${file[$name]}")
@@ -118,24 +126,23 @@ for name in "${wanted[@]}"; do
     group="${mode[$name]} ${source[$name]}"
     [[ " ${filters[$group]:-} " == *" ${filter[$name]} "* ]] || filters[$group]+=" ${filter[$name]}"
 done
-status=0
-running=0
+pids=()
 start() {
-    if [ $running = "$(nproc)" ]; then
-        wait -n || status=1
-        running=$((running - 1))
-    fi
+    while [ "$(jobs -pr | wc -l)" -ge "$(nproc)" ]; do
+        wait -n || true
+    done
     "$@" &
-    running=$((running + 1))
+    pids+=($!)
 }
 for group in "${!filters[@]}"; do
     # shellcheck disable=SC2086
     start control $group ${filters[$group]}
 done
 for name in "${wanted[@]}"; do start mutant "$name"; done
-while [ $running -gt 0 ]; do
-    wait -n || status=1
-    running=$((running - 1))
+# Each by its number: `wait -n` may answer for a job that was waited for already.
+status=0
+for pid in "${pids[@]}"; do
+    wait "$pid" || status=1
 done
 [ $status = 0 ] && echo "mutants: all ${#wanted[@]} caught"
 exit $status

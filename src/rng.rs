@@ -97,6 +97,16 @@ impl Stream {
         ((-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()) as f32
     }
 
+    /// Fills `out` with `f(self, i)` for its indices, in parallel.
+    pub fn generate(self, out: &mut [f32], f: impl Fn(Self, u64) -> f32 + Sync) {
+        const GRAIN: usize = 1 << 14;
+        out.par_chunks_mut(GRAIN).enumerate().for_each(|(i, grain)| {
+            for (x, index) in grain.iter_mut().zip((i * GRAIN) as u64..) {
+                *x = f(self, index);
+            }
+        });
+    }
+
     /// A number below `bound` at `index`, for shuffling (multiply-shift; the bias is below `bound / 2^32`).
     #[inline]
     pub fn below(self, index: u64, bound: usize) -> usize {

@@ -5,7 +5,7 @@ mod common;
 
 use common::assert_close;
 use glmtune::data::batch::{Batch, IGNORE, Span};
-use glmtune::model::tune::{self, LoraTarget, Tuning};
+use glmtune::model::tune::{self, LoraTarget, PrefixConfig, Tuning};
 use glmtune::model::{LoadOptions, Model, ModelConfig, Weights};
 use glmtune::ops::{self, Prefix, PrefixGradients, WeightRef};
 use glmtune::quant::QuantType;
@@ -174,9 +174,10 @@ fn attention() {
             .collect();
         let spans = Tensor::from_slice(&pairs, [spans.len(), 2]);
         let (qkv, d_context) = (random(1, [rows, heads * 3 * d]), random(2, [rows, heads * d]));
-        for length in [0, 3] {
-            let keys = random(3, [heads, length.max(1), d]);
-            let values = random(4, [heads, length.max(1), d]);
+        // No prefix, one for all sequences, one for each.
+        for (length, prefixes) in [(0, 1), (3, 1), (3, spans.extent(0))] {
+            let keys = random(3, [prefixes, heads, length.max(1), d]);
+            let values = random(4, [prefixes, heads, length.max(1), d]);
             let forward = |qkv: &Tensor, keys: &Tensor, values: &Tensor| {
                 let (mut context, mut lse) = (zeros([rows, heads * d]), zeros([rows * heads]));
                 let prefix = (length > 0).then_some(Prefix { keys, values });
@@ -198,7 +199,7 @@ fn attention() {
             ));
             ops::attention_backward(&d_context, &qkv, &context, &lse, &spans, prefix, heads, &mut dqkv)
                 .unwrap();
-            let what = format!("S {s} prefix {length}");
+            let what = format!("S {s} prefix {length} of {prefixes}");
             check(
                 &format!("{what}: dqkv"),
                 &dqkv,
@@ -288,6 +289,36 @@ fn dropout() {
     check("dx", &dx, &numerical(&x, forward));
     let dropped = dx.as_slice::<f64>().iter().filter(|&&d| d == 0.0).count();
     assert!((30..90).contains(&dropped), "{dropped} of 150 dropped at p = 0.4");
+}
+
+#[test]
+fn prefix_heads() {
+    let (shape, index) = ([3usize, 2, 4, 5], 1);
+    let table = random(1, [4, 30]);
+    let d = random(2, shape);
+    for dropout in [None, Some((0.4, Stream::new(8, 9)))] {
+        let forward = |table: &Tensor| {
+            let mut y = zeros(shape);
+            ops::prefix_heads(table, index, dropout, &mut y).unwrap();
+            dot(&y, &d)
+        };
+        let mut d_table = zeros(table.shape());
+        ops::prefix_heads_backward(&d, index, dropout, &mut d_table).unwrap();
+        check("d_table", &d_table, &numerical(&table, forward));
+    }
+}
+
+#[test]
+fn tanh() {
+    let (x, dy) = (random(1, [20]), random(2, [20]));
+    let forward = |x: &Tensor| {
+        let mut y = zeros([20]);
+        ops::tanh(x, &mut y).unwrap();
+        y
+    };
+    let mut d = dy.clone();
+    ops::tanh_backward(&forward(&x), &mut d).unwrap();
+    check("dx", &d, &numerical(&x, |x| dot(&forward(x), &dy)));
 }
 
 fn toy() -> ModelConfig {
@@ -434,17 +465,254 @@ fn whole_model_lora_with_dropout_on_dense_and_quantised_weights() {
         .unwrap();
         tune::apply(
             &mut model,
-            &Tuning::Lora {
+            &Tuning::Lora(tune::LoraConfig {
                 r: 3,
                 alpha: 6.0,
                 dropout,
                 rslora,
                 targets,
-            },
+                ..tune::LoraConfig::default()
+            }),
             1,
         )
         .unwrap();
         check_model(model);
+    }
+}
+
+#[test]
+fn whole_model_with_a_prefix() {
+    let quantized = Weights::Quantized {
+        quant_type: QuantType::Nf4,
+        double_quant: true,
+    };
+    for (weights, projection, dropout) in [
+        (Weights::AsStored, false, 0.0),
+        (Weights::AsStored, true, 0.0),
+        (quantized, false, 0.3),
+        (Weights::AsStored, true, 0.3),
+    ] {
+        let compute = Compute::cpu(DType::F64);
+        let mut model = Model::initialize(&toy(), 1, &LoadOptions { compute, weights }).unwrap();
+        let config = PrefixConfig {
+            pre_seq_len: 3,
+            projection,
+            dropout,
+        };
+        tune::apply(&mut model, &Tuning::PTuning(config), 1).unwrap();
+        let mut trained = 0;
+        model.for_each_param(&mut |_, param| trained += usize::from(param.trains()));
+        assert_eq!(trained, if projection { 5 } else { 1 });
+        check_model(model);
+    }
+}
+
+#[test]
+fn whole_model_with_some_layers_frozen() {
+    use tune::FreezeModules::{All, Attention, Mlp};
+    for (layers, modules, tensors) in [(1, All, 12), (-1, Mlp, 4), (2, Attention, 8)] {
+        let compute = Compute::cpu(DType::F64);
+        let weights = Weights::AsStored;
+        let mut model = Model::initialize(&toy(), 1, &LoadOptions { compute, weights }).unwrap();
+        tune::apply(&mut model, &Tuning::Freeze { layers, modules }, 1).unwrap();
+        let mut trained = Vec::new();
+        model.for_each_param(&mut |name, param| {
+            if param.trains() {
+                trained.push(name.to_string());
+            }
+        });
+        assert_eq!(trained.len(), tensors, "{trained:?}");
+        check_model(model);
+    }
+}
+
+#[test]
+fn whole_model_modules_to_save_and_noise() {
+    for tied in [true, false] {
+        let options = LoadOptions {
+            compute: Compute::cpu(DType::F64),
+            weights: Weights::AsStored,
+        };
+        let mut model = Model::initialize(&toy(), 1, &options).unwrap();
+        if !tied {
+            tune::untie_head(&mut model).unwrap();
+        }
+        let config = tune::LoraConfig {
+            r: 2,
+            dropout: 0.2,
+            targets: vec![LoraTarget::Dense],
+            modules_to_save: match tied {
+                true => vec![
+                    tune::SavedModule::WordEmbeddings,
+                    tune::SavedModule::FinalLayernorm,
+                ],
+                false => tune::SavedModule::ALL.to_vec(),
+            },
+            ..tune::LoraConfig::default()
+        };
+        tune::apply(&mut model, &Tuning::Lora(config), 1).unwrap();
+        // The noise is a constant to the gradient, the same in every pass of one number.
+        model.set_neftune(5.0).unwrap();
+        check_model(model);
+    }
+}
+
+/// DoRA as PEFT computes it, written out: `x̃` is what dropout leaves of x, and the norm n is a constant.
+struct NaiveDora<'a> {
+    w: &'a [f64],
+    bias: &'a [f64],
+    residual: &'a [f64],
+    norms: Vec<f64>,
+    scale: f64,
+    dims: [usize; 4],
+}
+
+impl NaiveDora<'_> {
+    fn adapted(w: &[f64], a: &[f64], b: &[f64], scale: f64, [_, out, input, r]: [usize; 4]) -> Vec<f64> {
+        let element = |i: usize| {
+            (0..r)
+                .map(|j| b[i / input * r + j] * a[j * input + i % input])
+                .sum::<f64>()
+        };
+        (0..out * input).map(|i| w[i] + scale * element(i)).collect()
+    }
+
+    fn forward(&self, x: &[f64], seen: &[f64], a: &[f64], b: &[f64], magnitude: &[f64]) -> Vec<f64> {
+        let [rows, out, input, r] = self.dims;
+        let times = |x: &[f64], m: usize, w: &[f64], i: usize, k: usize| {
+            (0..k).map(|l| x[m * k + l] * w[i * k + l]).sum::<f64>()
+        };
+        let u: Vec<f64> = (0..rows * r)
+            .map(|i| times(seen, i / r, a, i % r, input))
+            .collect();
+        (0..rows * out)
+            .map(|at| {
+                let (m, i) = (at / out, at % out);
+                let gain = magnitude[i] / self.norms[i];
+                let plain = times(x, m, self.w, i, input) + self.bias[i] + 1.5 * self.residual[at];
+                let low = self.scale * times(&u, m, b, i, r);
+                plain + (gain - 1.0) * times(seen, m, self.w, i, input) + gain * low
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn dora_on_dense_and_quantised_weights() {
+    use glmtune::nn::{Linear, Lora, Param, Scratch, Weight};
+    use glmtune::quant::QuantTensor;
+    let dims @ [rows, out, input, r] = [5, 6, 64, 3];
+    let compute = Compute::cpu(DType::F64);
+    let stream = Stream::new(11, 12);
+    for (quantized, dropout) in [(false, 0.0), (false, 0.4), (true, 0.0), (true, 0.4)] {
+        let dense = random(1, [out, input]);
+        let four = QuantTensor::quantize(&dense.to_dtype(DType::F32), QuantType::Nf4, true).unwrap();
+        let (weight, w) = match quantized {
+            true => (
+                Weight::Quant(Box::new(four.clone())),
+                four.dequantize().to_f64_vec(),
+            ),
+            false => (Weight::Dense(Param::frozen(dense.clone())), dense.to_f64_vec()),
+        };
+        let (a, b, bias) = (random(2, [r, input]), random(3, [out, r]), random(4, [out]));
+        let mut linear = Linear {
+            weight,
+            bias: Some(Param::frozen(bias.clone())),
+            lora: Some(Lora {
+                a: Param::trainable(a.clone()).unwrap(),
+                b: Param::trainable(b.clone()).unwrap(),
+                scale: 0.6,
+                dropout,
+                dora: None,
+                found: None,
+            }),
+        };
+        linear.start_dora().unwrap();
+        let adapted = NaiveDora::adapted(&w, a.as_slice(), b.as_slice(), 0.6, dims);
+        let norms = adapted
+            .chunks_exact(input)
+            .map(|row| row.iter().map(|w| w * w).sum::<f64>().sqrt());
+        let norms: Vec<f64> = norms.collect();
+        let lora = linear.lora.as_mut().unwrap();
+        let magnitude = lora.dora.as_mut().unwrap().magnitude_mut();
+        assert_close(
+            "m starts as the norm",
+            magnitude.value.as_slice(),
+            &norms,
+            1e-6,
+            1e-6,
+        );
+        // Away from the start, where the gain is 1.
+        magnitude.value = random(5, [out]);
+        let m = magnitude.value.clone();
+        let (x, dy, residual) = (
+            random(6, [rows, input]),
+            random(7, [rows, out]),
+            random(8, [rows, out]),
+        );
+        let mut mask = zeros([rows, input]);
+        let ones = Tensor::from_slice(&vec![1f64; rows * input], [rows, input]);
+        ops::dropout(&ones, dropout, stream, &mut mask).unwrap();
+        let naive = NaiveDora {
+            w: &w,
+            bias: bias.as_slice(),
+            residual: residual.as_slice(),
+            norms,
+            scale: 0.6,
+            dims,
+        };
+        let run = |x: &Tensor, a: &Tensor, b: &Tensor, m: &Tensor| {
+            let x: &[f64] = x.as_slice();
+            let seen: Vec<f64> = x.iter().zip(mask.as_slice::<f64>()).map(|(x, k)| x * k).collect();
+            let y = naive.forward(x, &seen, a.as_slice(), b.as_slice(), m.as_slice());
+            Tensor::from_slice(&y, [rows, out])
+        };
+        let mut scratch = Scratch::new(compute, rows, std::iter::once(&linear)).unwrap();
+        let mut activations = linear.activations(compute, rows).unwrap();
+        let mut y = zeros([rows, out]);
+        let drop = (dropout > 0.0).then_some(stream);
+        linear
+            .forward(
+                &x,
+                Some((1.5, &residual)),
+                drop,
+                &mut activations,
+                &mut scratch,
+                &mut y,
+            )
+            .unwrap();
+        let want = run(&x, &a, &b, &m);
+        assert_close("y", y.as_slice(), want.as_slice(), 1e-10, 1e-10);
+        let (mut dx, extra) = (zeros([rows, input]), random(9, [rows, input]));
+        linear
+            .backward(
+                &x,
+                &dy,
+                Some((2.0, &extra)),
+                drop,
+                &activations,
+                &mut scratch,
+                Some(&mut dx),
+            )
+            .unwrap();
+        for (dx, extra) in dx.as_mut_slice::<f64>().iter_mut().zip(extra.as_slice::<f64>()) {
+            *dx -= 2.0 * extra;
+        }
+        check("dora dx", &dx, &numerical(&x, |x| dot(&run(x, &a, &b, &m), &dy)));
+        let lora = linear.lora.as_ref().unwrap();
+        let gradient = |p: &Param| p.grad.clone().unwrap();
+        check(
+            "dora dA",
+            &gradient(&lora.a),
+            &numerical(&a, |a| dot(&run(&x, a, &b, &m), &dy)),
+        );
+        check(
+            "dora dB",
+            &gradient(&lora.b),
+            &numerical(&b, |b| dot(&run(&x, &a, b, &m), &dy)),
+        );
+        let dm = gradient(lora.dora.as_ref().unwrap().magnitude());
+        check("dora dm", &dm, &numerical(&m, |m| dot(&run(&x, &a, &b, m), &dy)));
     }
 }
 

@@ -422,21 +422,49 @@ fn attention_cases() -> Vec<(usize, Vec<Span>)> {
     ]
 }
 
-/// Keys and values `[heads, P, d]` of a prefix; P 0 for none.
-fn attention_prefix(heads: usize, prefix: usize, d_head: usize, d: DType) -> [Tensor; 2] {
-    [7, 8].map(|seed| random(seed, [heads, prefix.max(1), d_head], d))
+/// A prefix of `length` keys (0 for none), the same for all sequences or one for `each` of so many.
+#[derive(Clone, Copy)]
+struct PrefixCase {
+    length: usize,
+    each: Option<usize>,
+}
+
+/// No prefix, one for all, one for each of `size` sequences.
+fn prefix_cases(size: usize) -> [PrefixCase; 3] {
+    [(0, None), (5, None), (5, Some(size))].map(|(length, each)| PrefixCase { length, each })
+}
+
+impl PrefixCase {
+    /// Keys and values `[heads, P, d]` or `[B, heads, P, d]`.
+    fn keys_and_values(self, heads: usize, d_head: usize, d: DType) -> [Tensor; 2] {
+        let length = self.length.max(1);
+        [7, 8].map(|seed| match self.each {
+            None => random(seed, [heads, length, d_head], d),
+            Some(size) => random(seed, [size, heads, length, d_head], d),
+        })
+    }
 }
 
 /// As `Prefix`; what is blocked gets a score that every unblocked one exceeds, as the official -10000.
-fn naive_attention(qkv: &[f64], s: usize, spans: &[Span], heads: usize, d: usize, prefix: usize) -> Vec<f64> {
+fn naive_attention(
+    qkv: &[f64],
+    s: usize,
+    spans: &[Span],
+    heads: usize,
+    d: usize,
+    case: PrefixCase,
+) -> Vec<f64> {
     let width = heads * 3 * d;
-    let [prefix_keys, prefix_values] =
-        attention_prefix(heads, prefix, d, DType::F64).map(|tensor| tensor.to_f64_vec());
+    let prefix = case.length;
+    let [prefix_keys, prefix_values] = case
+        .keys_and_values(heads, d, DType::F64)
+        .map(|tensor| tensor.to_f64_vec());
     let mut out = vec![0.0; spans.len() * s * heads * d];
     for (b, span) in spans.iter().enumerate() {
         for h in 0..heads {
             let at = |part: usize, t: usize| &qkv[(b * s + t) * width + (3 * h + part) * d..][..d];
-            let of_prefix = |x: &[f64], j: usize| x[(h * prefix + j) * d..][..d].to_vec();
+            let own = if case.each.is_some() { b } else { 0 };
+            let of_prefix = |x: &[f64], j: usize| x[((own * heads + h) * prefix + j) * d..][..d].to_vec();
             let keys: Vec<Vec<f64>> = (0..prefix)
                 .map(|j| of_prefix(&prefix_keys, j))
                 .chain((0..s).map(|j| at(1, j).to_vec()))
@@ -476,10 +504,11 @@ fn naive_attention(qkv: &[f64], s: usize, spans: &[Span], heads: usize, d: usize
 #[test]
 fn attention() {
     let (heads, d_head) = (2, 8);
-    for ((s, spans), length) in attention_cases()
+    for ((s, spans), case) in attention_cases()
         .into_iter()
-        .flat_map(|case| [(case.clone(), 0), (case, 5)])
+        .flat_map(|case| prefix_cases(case.1.len()).map(|prefix| (case.clone(), prefix)))
     {
+        let length = case.length;
         let rows = s * spans.len();
         let naive = naive_attention(
             &random(1, [rows, heads * 3 * d_head], DType::F64).to_f64_vec(),
@@ -487,11 +516,11 @@ fn attention() {
             &spans,
             heads,
             d_head,
-            length,
+            case,
         );
         let run = |d| {
             let qkv = random(1, [rows, heads * 3 * d_head], d);
-            let [keys, values] = attention_prefix(heads, length, d_head, d);
+            let [keys, values] = case.keys_and_values(heads, d_head, d);
             let prefix = (length > 0).then_some(Prefix {
                 keys: &keys,
                 values: &values,
@@ -524,7 +553,10 @@ fn attention() {
             .enumerate()
         {
             check(
-                &format!("attention_backward {s} prefix {length}: {what}"),
+                &format!(
+                    "attention_backward {s} prefix {length} of {:?}: {what}",
+                    case.each
+                ),
                 s,
                 None,
                 |d| {
@@ -549,16 +581,17 @@ fn attention_cached() {
         .flat_map(|sequence| &sequence[..prompt * 3 * hidden])
         .copied()
         .collect();
-    for length in [0, 5] {
-        let mut naive = naive_attention(&whole, s, &spans, heads, d_head, length);
-        let first = naive_attention(&prompts, prompt, &spans, heads, d_head, length);
+    for case in prefix_cases(spans.len()) {
+        let length = case.length;
+        let mut naive = naive_attention(&whole, s, &spans, heads, d_head, case);
+        let first = naive_attention(&prompts, prompt, &spans, heads, d_head, case);
         for (b, span) in spans.iter().enumerate() {
             let padding = span.start * hidden;
             naive[b * s * hidden..][..padding].copy_from_slice(&first[b * prompt * hidden..][..padding]);
         }
         check("attention_cached", s, Some(&naive), |d| {
             let whole = random(1, [2 * s, 3 * hidden], d);
-            let [prefix_keys, prefix_values] = attention_prefix(heads, length, d_head, d);
+            let [prefix_keys, prefix_values] = case.keys_and_values(heads, d_head, d);
             let prefix = (length > 0).then_some(Prefix {
                 keys: &prefix_keys,
                 values: &prefix_values,
@@ -639,6 +672,77 @@ fn dropout() {
             let mut y = random(2, [n], d);
             ops::accumulate_dropout(&random(1, [n], d), p, stream, &mut y).unwrap();
             y
+        });
+    }
+}
+
+#[test]
+fn prefix_heads_and_their_gradient() {
+    let (size, heads, length, d_head, count, index) = (3, 2, 5, 6, 4, 2);
+    let width = heads * d_head;
+    let columns = count * width;
+    let (p, stream) = (0.25f32, Stream::new(3, 4));
+    for dropout in [None, Some((p, stream))] {
+        let factor = |i: usize| match dropout {
+            None => 1.0,
+            Some(_) if stream.uniform(i as u64) >= p => 1.0 / 0.75,
+            Some(_) => 0.0,
+        };
+        let table = random(1, [length, columns], DType::F64).to_f64_vec();
+        let dy = random(2, [size, heads, length, d_head], DType::F64).to_f64_vec();
+        let mut want = vec![0.0; dy.len()];
+        let mut gradient = random(3, [length, columns], DType::F64).to_f64_vec();
+        for (i, want) in want.iter_mut().enumerate() {
+            let (c, position) = (i % d_head, i / d_head % length);
+            let (h, b) = (i / d_head / length % heads, i / d_head / length / heads);
+            let column = index * width + h * d_head + c;
+            let factor = factor((b * length + position) * columns + column);
+            *want = factor * table[position * columns + column];
+            gradient[position * columns + column] += factor * dy[i];
+        }
+        check("prefix_heads", size * length, Some(&want), |d| {
+            let mut y = output(d, [size, heads, length, d_head]);
+            ops::prefix_heads(&random(1, [length, columns], d), index, dropout, &mut y).unwrap();
+            y
+        });
+        check("prefix_heads_backward", length, Some(&gradient), |d| {
+            let mut d_table = random(3, [length, columns], d);
+            let dy = random(2, [size, heads, length, d_head], d);
+            ops::prefix_heads_backward(&dy, index, dropout, &mut d_table).unwrap();
+            d_table
+        });
+    }
+    // A prefix of all sequences is the first sequence's.
+    let table = random(1, [length, columns], DType::F32);
+    let (mut of_all, mut of_each) = (
+        output(DType::F32, [heads, length, d_head]),
+        output(DType::F32, [1, heads, length, d_head]),
+    );
+    ops::prefix_heads(&table, index, None, &mut of_all).unwrap();
+    ops::prefix_heads(&table, index, None, &mut of_each).unwrap();
+    assert_eq!(of_all.bytes(), of_each.bytes());
+    for (index, shape) in [(4, [heads, length, d_head]), (0, [heads, length + 1, d_head])] {
+        let refused = ops::prefix_heads(&table, index, None, &mut output(DType::F32, shape));
+        assert!(refused.unwrap_err().to_string().contains("prefix_heads"));
+    }
+}
+
+#[test]
+fn tanh() {
+    for n in [1, 7, 70_001] {
+        let x = random(1, [n], DType::F64).to_f64_vec();
+        let naive: Vec<f64> = x.iter().map(|x| x.tanh()).collect();
+        check("tanh", 1, Some(&naive), |d| {
+            let mut y = output(d, [n]);
+            ops::tanh(&random(1, [n], d), &mut y).unwrap();
+            y
+        });
+        let dy = random(2, [n], DType::F64).to_f64_vec();
+        let naive: Vec<f64> = x.iter().zip(&dy).map(|(y, dy)| dy * (1.0 - y * y)).collect();
+        check("tanh_backward", 1, Some(&naive), |d| {
+            let mut dy = random(2, [n], d);
+            ops::tanh_backward(&random(1, [n], d), &mut dy).unwrap();
+            dy
         });
     }
 }
@@ -754,26 +858,41 @@ fn head_loss() {
     }
 }
 
+const ADAMW: ops::AdamW = ops::AdamW {
+    clip: 0.5,
+    one_minus_beta1: 0.1,
+    beta2: 0.999,
+    one_minus_beta2: 0.001,
+    sqrt_correction2: 0.7,
+    epsilon: 1e-8,
+};
+
+/// Around a task and a block of the optimizers' operations.
+const PARAMETER_SIZES: [usize; 5] = [1, 7, 257, 40_000, 150_001];
+
+/// A parameter, its gradient and two moments, the second from 0.
+fn parameter(n: usize) -> [Tensor; 4] {
+    let mut tensors = [1, 2, 3, 4].map(|seed| random(seed, [n], DType::F32));
+    for x in tensors[3].as_mut_slice::<f32>() {
+        *x = x.abs();
+    }
+    tensors
+}
+
 #[test]
 fn adamw_and_sum_of_squares() {
-    for n in [1, 7, 40_000, 150_001] {
-        let base = |seed| random(seed, [n], DType::F32);
-        let (p, g, m, mut v) = (base(1), base(2), base(3), base(4));
-        for x in v.as_mut_slice::<f32>() {
-            *x = x.abs();
-        }
-        let factors = ops::AdamW {
-            clip: 0.5,
-            decay: 0.99,
-            one_minus_beta1: 0.1,
-            beta2: 0.999,
-            one_minus_beta2: 0.001,
-            step_size: 0.01,
-            sqrt_correction2: 0.7,
-            epsilon: 1e-8,
-        };
+    for n in PARAMETER_SIZES {
+        let [p, g, m, v] = parameter(n);
         let (mut p1, mut m1, mut v1) = (p.clone(), m.clone(), v.clone());
-        ops::adamw(&mut p1, &g, &mut m1, &mut v1, &factors).unwrap();
+        let slot = ops::AdamwSlot {
+            p: &mut p1,
+            g: &g,
+            m: &mut m1,
+            v: &mut v1,
+            decay: 0.99,
+            step_size: 0.01,
+        };
+        ops::adamw(&mut [slot], &ADAMW).unwrap();
         let [p, g, m, v] = [p, g, m, v].map(|t| t.to_f64_vec());
         let mut want = Vec::new();
         for i in 0..n {
@@ -783,65 +902,202 @@ fn adamw_and_sum_of_squares() {
         }
         assert_close("adamw", &p1.to_f64_vec(), &want, 1e-6, 1e-5);
         let want: f64 = g.iter().map(|x| x * x).sum();
-        assert_close(
-            "sum_of_squares",
-            &[ops::sum_of_squares(&base(2)).unwrap()],
-            &[want],
-            0.0,
-            1e-12,
-        );
+        let got = ops::sum_of_squares(&parameter(n)[1]).unwrap();
+        assert_close("sum_of_squares", &[got], &[want], 0.0, 1e-12);
     }
+}
+
+#[test]
+fn adamw_8bit() {
+    let goldens = include_str!("goldens/optimizers.json");
+    let goldens: serde_json::Value = serde_json::from_str(goldens).unwrap();
+    let maps: [Vec<f64>; 2] =
+        ["signed_map", "unsigned_map"].map(|key| serde_json::from_value(goldens[key].clone()).unwrap());
+    for n in PARAMETER_SIZES {
+        let [mut p, ..] = parameter(n);
+        let blocks = n.div_ceil(ops::BLOCK_8BIT);
+        let mut codes = [0, 1].map(|_| Tensor::zeros(DType::U8, [n]));
+        let mut absmax = [0, 1].map(|_| Tensor::zeros(DType::F32, [blocks]));
+        for seed in 1..4 {
+            let g = random(seed, [n], DType::F32);
+            let before = [0, 1].map(|k| {
+                let of = |(i, &code): (usize, &u8)| {
+                    let scale = absmax[k].as_slice::<f32>()[i / ops::BLOCK_8BIT];
+                    maps[k][usize::from(code)] * f64::from(scale)
+                };
+                let codes = codes[k].as_slice::<u8>().iter().enumerate();
+                codes.map(of).collect::<Vec<f64>>()
+            });
+            let mut want = p.to_f64_vec();
+            let [m, v] = &mut codes;
+            let [m_absmax, v_absmax] = &mut absmax;
+            let slot = ops::Adamw8bitSlot {
+                p: &mut p,
+                g: &g,
+                m,
+                v,
+                m_absmax,
+                v_absmax,
+                decay: 0.99,
+                step_size: 0.01,
+            };
+            ops::adamw_8bit(&mut [slot], &ADAMW).unwrap();
+            let [mut m, mut v] = before;
+            for (i, g) in g.to_f64_vec().into_iter().enumerate() {
+                m[i] += 0.1 * (0.5 * g - m[i]);
+                v[i] = 0.999 * v[i] + 0.001 * 0.25 * g * g;
+                want[i] = want[i] * 0.99 - 0.01 * m[i] / (v[i].sqrt() / 0.7 + 1e-8);
+            }
+            assert_close("adamw_8bit", &p.to_f64_vec(), &want, 1e-6, 1e-5);
+            for (k, moment) in [m, v].into_iter().enumerate() {
+                for (j, block) in moment.chunks(ops::BLOCK_8BIT).enumerate() {
+                    let largest = block.iter().fold(0f64, |most, x| most.max(x.abs()));
+                    let scale = f64::from(absmax[k].as_slice::<f32>()[j]);
+                    assert_close("absmax", &[scale], &[largest], 0.0, 1e-6);
+                    let codes = &codes[k].as_slice::<u8>()[j * ops::BLOCK_8BIT..][..block.len()];
+                    for (x, &code) in block.iter().zip(codes) {
+                        let off = |value: &f64| (value - x / largest).abs();
+                        let least = maps[k].iter().map(off).fold(f64::INFINITY, f64::min);
+                        // f32 cannot tell between two values that are equally near but for 1e-6.
+                        let got = off(&maps[k][usize::from(code)]);
+                        assert!(got <= least + 1e-6, "{n}: moment {k}: {x} is code {code}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sgd() {
+    for n in PARAMETER_SIZES {
+        for momentum in [None, Some(0.9)] {
+            let [p, g, m, _] = parameter(n);
+            let (mut p1, mut m1) = (p.clone(), m.clone());
+            let slot = ops::SgdSlot {
+                p: &mut p1,
+                g: &g,
+                m: momentum.map(|_| &mut m1),
+                rate: 0.25,
+                weight_decay: 0.125,
+            };
+            let factors = ops::Sgd {
+                clip: 0.5,
+                momentum: 0.9,
+            };
+            ops::sgd(&mut [slot], &factors).unwrap();
+            let [p, g, m] = [p, g, m].map(|t| t.to_f64_vec());
+            let before = momentum.unwrap_or(0.0);
+            let update: Vec<f64> = (0..n)
+                .map(|i| before * m[i] + 0.5 * g[i] + 0.125 * p[i])
+                .collect();
+            let want: Vec<f64> = p.iter().zip(&update).map(|(p, u)| p - 0.25 * u).collect();
+            assert_close("sgd, p", &p1.to_f64_vec(), &want, 1e-6, 1e-6);
+            let want = if momentum.is_some() { update } else { m };
+            assert_close("sgd, m", &m1.to_f64_vec(), &want, 1e-6, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn lion() {
+    for n in PARAMETER_SIZES {
+        let [p, g, m, _] = parameter(n);
+        let (mut p1, mut m1) = (p.clone(), m.clone());
+        let slot = ops::LionSlot {
+            p: &mut p1,
+            g: &g,
+            m: &mut m1,
+            rate: 0.25,
+            decay: 0.99,
+        };
+        let factors = ops::Lion {
+            clip: 0.5,
+            beta1: 0.9,
+            one_minus_beta1: 0.1,
+            beta2: 0.99,
+            one_minus_beta2: 0.01,
+        };
+        ops::lion(&mut [slot], &factors).unwrap();
+        let [p, g, m, p1] = [p, g, m, p1].map(|t| t.to_f64_vec());
+        let momentum: Vec<f64> = (0..n).map(|i| 0.99 * m[i] + 0.005 * g[i]).collect();
+        assert_close("lion, m", &m1.to_f64_vec(), &momentum, 1e-6, 1e-6);
+        let (mut got, mut want) = (Vec::new(), Vec::new());
+        for i in 0..n {
+            let mean = 0.9 * m[i] + 0.05 * g[i];
+            // Rounding may decide the sign of next to nothing.
+            if mean.abs() > 1e-6 {
+                got.push(p1[i]);
+                want.push(0.99 * p[i] - 0.25 * mean.signum());
+            }
+        }
+        assert!(got.len() * 10 >= n * 9);
+        assert_close("lion, p", &got, &want, 1e-6, 1e-6);
+    }
+    // NaN is not taken for a sign.
+    let [mut p, mut g, mut m, _] = parameter(1);
+    g.write(&[f32::NAN]).unwrap();
+    let slot = ops::LionSlot {
+        p: &mut p,
+        g: &g,
+        m: &mut m,
+        rate: 0.25,
+        decay: 1.0,
+    };
+    let factors = ops::Lion {
+        clip: 1.0,
+        beta1: 0.9,
+        one_minus_beta1: 0.1,
+        beta2: 0.99,
+        one_minus_beta2: 0.01,
+    };
+    ops::lion(&mut [slot], &factors).unwrap();
+    assert!(p.as_slice::<f32>()[0].is_nan() && m.as_slice::<f32>()[0].is_nan());
 }
 
 #[test]
 fn many_parameters_at_once_are_as_one_after_the_other() {
     let sizes = [3, 40_000, 1];
-    let tensors = |seed: u64| -> Vec<Tensor> {
-        let random = |(i, n): (usize, &usize)| random(seed + i as u64, [*n], DType::F32);
-        sizes.iter().enumerate().map(random).collect()
-    };
-    let factors = ops::AdamW {
-        clip: 0.5,
-        decay: 0.9,
-        one_minus_beta1: 0.1,
-        beta2: 0.999,
-        one_minus_beta2: 0.001,
-        step_size: 0.01,
-        sqrt_correction2: 0.7,
-        epsilon: 1e-8,
-    };
-    let (mut p, mut g, mut m) = (tensors(1), tensors(11), tensors(21));
-    let mut v: Vec<Tensor> = sizes.iter().map(|&n| Tensor::zeros(DType::F32, [n])).collect();
-    let mut one = (p.clone(), m.clone(), v.clone());
-    let mut slots: Vec<ops::AdamwSlot> = (p.iter_mut().zip(&g))
-        .zip(m.iter_mut().zip(&mut v))
-        .enumerate()
-        .map(|(i, ((p, g), (m, v)))| ops::AdamwSlot {
+    let mut together = sizes.map(parameter);
+    let mut apart = together.clone();
+    ops::adamw(&mut slots(&mut together), &ADAMW).unwrap();
+    for slot in slots(&mut apart) {
+        ops::adamw(&mut [slot], &ADAMW).unwrap();
+    }
+    for (a, b) in together.iter().zip(&apart) {
+        assert!(a.iter().zip(b).all(|(a, b)| a.bytes() == b.bytes()));
+    }
+
+    let mut g = together.map(|[_, g, ..]| g);
+    let all: Vec<&Tensor> = g.iter().collect();
+    let sums = ops::sums_of_squares(&all).unwrap();
+    let apart: Vec<f64> = all.iter().map(|g| ops::sum_of_squares(g).unwrap()).collect();
+    assert_eq!(sums, apart);
+    assert_eq!(
+        ops::sum_of_squares_all(&all).unwrap(),
+        sums[0] + sums[1] + sums[2]
+    );
+    assert_eq!(ops::sum_of_squares_all(&[]).unwrap(), 0.0);
+    assert!(ops::sums_of_squares(&[]).unwrap().is_empty());
+
+    ops::zero_all(&mut g.iter_mut().collect::<Vec<_>>()).unwrap();
+    assert!(g.iter().all(|g| g.bytes().iter().all(|&byte| byte == 0)));
+    assert!(ops::adamw(&mut [], &ADAMW).is_ok() && ops::zero_all(&mut []).is_ok());
+}
+
+/// AdamW's slots, each with its own decay and step size.
+fn slots(parameters: &mut [[Tensor; 4]]) -> Vec<ops::AdamwSlot<'_>> {
+    let slots = parameters.iter_mut().enumerate();
+    slots
+        .map(|(i, [p, g, m, v])| ops::AdamwSlot {
             p,
             g,
             m,
             v,
-            decayed: i != 1,
+            decay: [0.9, 1.0, 0.5][i],
+            step_size: [0.01, 0.02, 0.03][i],
         })
-        .collect();
-    ops::adamw_all(&mut slots, &factors).unwrap();
-    for i in 0..3 {
-        let decay = if i == 1 { 1.0 } else { 0.9 };
-        let (p1, m1, v1) = (&mut one.0[i], &mut one.1[i], &mut one.2[i]);
-        ops::adamw(p1, &g[i], m1, v1, &ops::AdamW { decay, ..factors }).unwrap();
-        for (all, one) in [(&p[i], p1), (&m[i], m1), (&v[i], v1)] {
-            assert_eq!(all.bytes(), one.bytes());
-        }
-    }
-
-    let sum = ops::sum_of_squares_all(&g.iter().collect::<Vec<_>>()).unwrap();
-    let parts: f64 = g.iter().map(|g| ops::sum_of_squares(g).unwrap()).sum();
-    assert_eq!(sum, parts);
-    assert_eq!(ops::sum_of_squares_all(&[]).unwrap(), 0.0);
-
-    ops::zero_all(&mut g.iter_mut().collect::<Vec<_>>()).unwrap();
-    assert!(g.iter().all(|g| g.bytes().iter().all(|&byte| byte == 0)));
-    assert!(ops::adamw_all(&mut [], &factors).is_ok() && ops::zero_all(&mut []).is_ok());
+        .collect()
 }
 
 #[test]
@@ -1067,4 +1323,158 @@ fn an_adapted_product_is_the_product_and_the_adapter() {
         ops::linear_adapted(&x, WeightRef::Dense(&w), None, None, adapter, &mut y).is_err(),
         "a matrix of the wrong side"
     );
+}
+
+#[test]
+fn what_dropout_took() {
+    for n in [1, 7, 1024, 70_001] {
+        let (p, stream) = (0.25f32, Stream::new(3, 4));
+        let x = random(1, [n], DType::F64).to_f64_vec();
+        let naive: Vec<f64> = (0..n)
+            .map(|i| match stream.uniform(i as u64) >= p {
+                true => x[i] - x[i] / 0.75,
+                false => x[i],
+            })
+            .collect();
+        check("dropout_rest", 1, Some(&naive), |d| {
+            let mut y = output(d, [n]);
+            ops::dropout_rest(&random(1, [n], d), p, stream, &mut y).unwrap();
+            y
+        });
+    }
+}
+
+#[test]
+fn noise() {
+    for n in [1, 6, 1025, 70_001] {
+        let stream = Stream::new(9, 1 << 33);
+        let y = random(2, [n], DType::F64).to_f64_vec();
+        let naive: Vec<f64> = (0..n)
+            .map(|i| y[i] + 0.375 * f64::from(2.0 * stream.uniform(i as u64) - 1.0))
+            .collect();
+        check("accumulate_noise", 1, Some(&naive), |d| {
+            let mut y = random(2, [n], d);
+            ops::accumulate_noise(0.375, stream, &mut y).unwrap();
+            y
+        });
+    }
+}
+
+#[test]
+fn cast() {
+    let x = random(1, [33], DType::F32);
+    for to in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        let mut y = output(to, [33]);
+        ops::cast(&x, &mut y).unwrap();
+        check_guards("cast", &y);
+        assert_eq!(y.bytes(), x.to_dtype(to).bytes());
+    }
+    let mut indices = Tensor::zeros(DType::I32, [33]);
+    assert!(ops::cast(&x, &mut indices).is_err());
+    assert!(ops::cast(&x, &mut Tensor::zeros(DType::F16, [32])).is_err());
+}
+
+#[test]
+fn row_squares() {
+    for (n, k) in [(1, 1), (3, 64), (70, 33), (5, 4096)] {
+        let squares = |w: &[f64]| {
+            w.chunks_exact(k)
+                .map(|row| row.iter().map(|w| w * w).sum())
+                .collect::<Vec<f64>>()
+        };
+        let naive = squares(&random(1, [n, k], DType::F64).to_f64_vec());
+        check("row_squares", k, Some(&naive), |d| {
+            let mut y = output(d, [n]);
+            ops::row_squares(WeightRef::Dense(&random(1, [n, k], d)), &mut y).unwrap();
+            y
+        });
+        let quantized = QuantTensor::quantize(&random(1, [n, k], DType::F32), QuantType::Nf4, true).unwrap();
+        let naive = squares(&quantized.dequantize().to_f64_vec());
+        check("row_squares 4-bit", k, Some(&naive), |d| {
+            let mut y = output(d, [n]);
+            ops::row_squares(WeightRef::Quant(&quantized), &mut y).unwrap();
+            y
+        });
+    }
+}
+
+/// The norm of a row by its products is the norm of the row.
+#[test]
+fn dora_gain() {
+    for (n, k, r) in [(1, 1, 1), (5, 7, 3), (130, 40, 8)] {
+        let s = 0.75;
+        let all = |d| {
+            let (w, a, b) = (random(1, [n, k], d), random(2, [r, k], d), random(3, [n, r], d));
+            let mut squares = output(d, [n]);
+            ops::row_squares(WeightRef::Dense(&w), &mut squares).unwrap();
+            let (mut p, mut gram, mut q) = (output(d, [r, n]), output(d, [r, r]), output(d, [n, r]));
+            ops::matmul(1.0, (&a, false), (&w, true), 0.0, &mut p).unwrap();
+            ops::matmul(1.0, (&a, false), (&a, true), 0.0, &mut gram).unwrap();
+            ops::matmul(1.0, (&b, false), (&gram, false), 0.0, &mut q).unwrap();
+            (w, a, b, squares, p, q)
+        };
+        let (w, a, b, ..) = all(DType::F64);
+        let ba = product(&b.to_f64_vec(), &transposed(&a.to_f64_vec(), r, k), (n, k, r));
+        let w: Vec<f64> = w.to_f64_vec().iter().zip(&ba).map(|(w, ba)| w + s * ba).collect();
+        let norms = w
+            .chunks_exact(k)
+            .map(|row| row.iter().map(|w| w * w).sum::<f64>().sqrt());
+        let norms: Vec<f64> = norms.collect();
+        let m = random(4, [n], DType::F64).to_f64_vec();
+        let gains: Vec<f64> = m.iter().zip(&norms).map(|(m, norm)| m / norm).collect();
+        let inverses: Vec<f64> = norms.iter().map(|norm| 1.0 / norm).collect();
+        for (first, naive) in [(true, gains), (false, inverses)] {
+            check("dora_gain", 4 * k, Some(&naive), |d| {
+                let (_, _, b, squares, p, q) = all(d);
+                let (mut gain, mut inverse) = (output(d, [n]), output(d, [n]));
+                let m = random(4, [n], d);
+                ops::dora_gain(&m, &squares, &b, (&p, &q), s, (&mut gain, &mut inverse)).unwrap();
+                if first { gain } else { inverse }
+            });
+        }
+    }
+}
+
+fn transposed(x: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    (0..rows * columns)
+        .map(|i| x[i % rows * columns + i / rows])
+        .collect()
+}
+
+#[test]
+fn scaled_columns() {
+    for (m, n, _) in SIZES {
+        let inputs = |d| {
+            (
+                random(1, [m, n], d),
+                random(2, [n], d),
+                random(3, [n], d),
+                random(4, [m, n], d),
+            )
+        };
+        let (x, g, b, r) = inputs(DType::F64);
+        let (x, g, b, r) = (x.to_f64_vec(), g.to_f64_vec(), b.to_f64_vec(), r.to_f64_vec());
+        let naive: Vec<f64> = (0..m * n)
+            .map(|i| (g[i % n] - 1.0) * x[i] + b[i % n] + 2.5 * r[i])
+            .collect();
+        check("scale_columns", 1, Some(&naive), |d| {
+            let ((x, g, b, r), mut y) = (inputs(d), output(d, [m, n]));
+            ops::scale_columns(&x, &g, -1.0, Some(&b), Some((2.5, &r)), &mut y).unwrap();
+            y
+        });
+        let naive: Vec<f64> = (0..m * n).map(|i| r[i] + g[i % n] * x[i]).collect();
+        check("accumulate_scaled_columns", 1, Some(&naive), |d| {
+            let (x, g, _, mut y) = inputs(d);
+            ops::accumulate_scaled_columns(&x, &g, &mut y).unwrap();
+            y
+        });
+        let naive: Vec<f64> = (0..n)
+            .map(|j| b[j] + g[j] * (0..m).map(|i| x[i * n + j] * r[i * n + j]).sum::<f64>())
+            .collect();
+        check("accumulate_column_products", m, Some(&naive), |d| {
+            let (x, g, mut sums, r) = inputs(d);
+            ops::accumulate_column_products(&x, &r, &g, &mut sums).unwrap();
+            sums
+        });
+    }
 }

@@ -11,7 +11,7 @@ use crate::cuda;
 use crate::error::Result;
 use crate::model::tune::{self, LoraTarget, Tuning};
 use crate::model::{Model, ModelConfig};
-use crate::optim::AdamWConfig;
+use crate::optim::OptimizerConfig;
 use crate::schedule::{Schedule, Scheduler};
 use crate::tensor::{Compute, Device};
 use crate::train::{Options, Trainer};
@@ -80,13 +80,14 @@ pub fn train(settings: &TrainSettings, done: &mut dyn FnMut(&TrainReport)) -> Re
     let before = device_bytes(*compute)?;
     let started = Instant::now();
     let mut model = Model::synthetic(config, 1, *compute)?;
-    let tuning = Tuning::Lora {
+    let tuning = Tuning::Lora(tune::LoraConfig {
         r: settings.rank,
         alpha: 2.0 * settings.rank as f64,
         dropout: settings.dropout,
         rslora: false,
         targets: settings.targets.clone(),
-    };
+        ..tune::LoraConfig::default()
+    });
     tune::apply(&mut model, &tuning, 1)?;
     eprintln!(
         "model: {} layers of {}, random NF4 weights, made in {:.1} s",
@@ -98,12 +99,13 @@ pub fn train(settings: &TrainSettings, done: &mut dyn FnMut(&TrainReport)) -> Re
     for &length in &settings.lengths {
         cuda::forget_peak();
         let options = Options {
-            adamw: AdamWConfig::default(),
+            optimizer: OptimizerConfig::default(),
             schedule: Schedule {
                 scheduler: Scheduler::Constant,
                 base: 1e-3,
                 warmup_steps: 0,
                 total_steps: u64::MAX,
+                ..Schedule::default()
             },
             max_grad_norm: 1.0,
             reduction: LossReduction::Token,

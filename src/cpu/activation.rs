@@ -52,9 +52,19 @@ pub fn gelu_backward<T: Real>(x: &[T], d: &mut [T]) {
     });
 }
 
-/// `y = mask * x / (1 - p)` (inverted dropout), or `y += …`; element `i` is kept when the stream's uniform `i` is at
-/// least `p`.
-pub fn dropout<T: Real>(x: &[T], p: f32, stream: Stream, accumulate: bool, y: &mut [T]) {
+/// What [`dropout`] does with what it has made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dropped {
+    /// `y = d`.
+    Write,
+    /// `y += d`.
+    Accumulate,
+    /// `y = x - d`.
+    Rest,
+}
+
+/// `d = mask * x / (1 - p)` (inverted dropout); element `i` is kept when the stream's uniform `i` is at least `p`.
+pub fn dropout<T: Real>(x: &[T], p: f32, stream: Stream, dropped: Dropped, y: &mut [T]) {
     let scale = T::of(1.0 / (1.0 - f64::from(p)));
     parallel::rows(y, STRIP.min(x.len().max(1)), STRIP * 4, |first, y| {
         let at = first * STRIP;
@@ -64,7 +74,25 @@ pub fn dropout<T: Real>(x: &[T], p: f32, stream: Stream, accumulate: bool, y: &m
             for ((y, &x), bits) in y.iter_mut().zip(&x[at..]).zip(bits) {
                 let kept = (bits >> 8) as f32 * (1.0 / 16_777_216.0) >= p;
                 let value = if kept { x * scale } else { T::ZERO };
-                *y = if accumulate { *y + value } else { value };
+                *y = match dropped {
+                    Dropped::Write => value,
+                    Dropped::Accumulate => *y + value,
+                    Dropped::Rest => x - value,
+                };
+            }
+        }
+    });
+}
+
+/// `y += bound (2 u - 1)`, with `u` the stream's uniforms: noise in `[-bound, bound)`.
+pub fn accumulate_noise<T: Real>(bound: f64, stream: Stream, y: &mut [T]) {
+    let bound = T::of(bound);
+    parallel::rows(y, STRIP.min(y.len().max(1)), STRIP * 4, |first, y| {
+        for (block, y) in y.chunks_mut(4).enumerate() {
+            let bits = stream.block((first * STRIP / 4 + block) as u64);
+            for (y, bits) in y.iter_mut().zip(bits) {
+                let u = (bits >> 8) as f32 * (1.0 / 16_777_216.0);
+                *y += bound * T::of_f32(2.0 * u - 1.0);
             }
         }
     });

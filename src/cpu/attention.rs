@@ -26,6 +26,8 @@ pub struct Extents {
     pub head_dim: usize,
     /// Keys of the prefix, which every query sees before those of its sequence.
     pub prefix: usize,
+    /// Prefixes: one for all sequences, or one for each.
+    pub prefixes: usize,
 }
 
 impl Extents {
@@ -83,7 +85,7 @@ pub enum Source<'a, T> {
     },
 }
 
-/// Keys and values `[heads, prefix, d]` that every query sees, unrotated; empty if there are none.
+/// Keys and values `[prefixes, heads, prefix, d]` that every query sees, unrotated; empty if there are none.
 #[derive(Debug, Clone, Copy)]
 pub struct Prefix<'a, T> {
     /// Keys.
@@ -99,10 +101,11 @@ impl<'a, T> Prefix<'a, T> {
         values: &[],
     };
 
-    /// Keys and values of head `h`.
-    fn head(&self, e: Extents, h: usize) -> [Mat<'a, T>; 2] {
+    /// Keys and values of head `h` of sequence `b`.
+    fn head(&self, e: Extents, b: usize, h: usize) -> [Mat<'a, T>; 2] {
         let size = e.prefix * e.head_dim;
-        [self.keys, self.values].map(|x| Mat::contiguous(&x[h * size..][..size], e.prefix, e.head_dim))
+        let at = (b % e.prefixes * e.heads + h) * size;
+        [self.keys, self.values].map(|x| Mat::contiguous(&x[at..][..size], e.prefix, e.head_dim))
     }
 }
 
@@ -200,7 +203,7 @@ pub fn forward<T: Real>(
         .collect();
     parallel::items(tasks, e.nanoseconds(2), |(b, h, mut context, lse)| {
         let Head { q, k, v } = head(qkv, source, e, b, h);
-        let [prefix_k, prefix_v] = prefix.head(e, h);
+        let [prefix_k, prefix_v] = prefix.head(e, b, h);
         let span = spans[b];
         let mut scores = vec![T::ZERO; BLOCK.min(e.queries) * (e.prefix + e.keys)];
         let keys_in_panels = Panels::new(k, e.keys, e.queries);
@@ -321,7 +324,7 @@ pub fn backward<T: Real>(
     }
     parallel::items(tasks, e.nanoseconds(5), |(b, h, gradient, share)| {
         let Head { q, k, v } = head(qkv, Source::Own, e, b, h);
-        let [prefix_k, prefix_v] = prefix.head(e, h);
+        let [prefix_k, prefix_v] = prefix.head(e, b, h);
         let span = spans[b];
         let at = b * s * e.heads * d + h * d;
         let output = Mat::new(&context[at..], s, d, e.heads * d);
@@ -382,7 +385,8 @@ pub fn backward<T: Real>(
     let [d_keys, d_values] = d_prefix;
     for (i, share) in shares.chunks_exact((2 * part).max(1)).enumerate() {
         let (keys, values) = share.split_at(part);
-        let range = i % e.heads * part..(i % e.heads + 1) * part;
+        let head = i % (e.prefixes * e.heads);
+        let range = head * part..(head + 1) * part;
         for (sums, share) in [(&mut d_keys[range.clone()], keys), (&mut d_values[range], values)] {
             for (sum, &x) in sums.iter_mut().zip(share) {
                 *sum += x;

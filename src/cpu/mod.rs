@@ -4,14 +4,17 @@
 
 pub mod activation;
 pub mod attention;
+pub mod dora;
 pub mod embedding;
 pub mod linear;
 pub mod loss;
 pub mod matrix;
 pub mod norm;
 pub mod optim;
+pub mod optim_8bit;
 pub mod panel;
 pub mod parallel;
+pub mod prefix;
 pub mod real;
 pub mod rope;
 pub mod weight;

@@ -8,25 +8,43 @@ use super::real::{Real, vectorized};
 /// [`sum_of_squares`] are cut here as well, so their value does not depend on the number of threads.
 const CHUNK: usize = 1 << 15;
 
-/// The scalars of one AdamW step. Computed in f64 and rounded to f32 once, as PyTorch does with Python floats.
+/// The scalars of an AdamW step that all parameters share. Computed in f64 and rounded to f32 once, as PyTorch does with
+/// Python floats.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamwFactors {
     /// Every gradient is multiplied by this first: the clipping factor.
     pub clip: f32,
-    /// `1 - lr * weight_decay`.
-    pub decay: f32,
     /// `1 - beta1`.
     pub one_minus_beta1: f32,
     /// `beta2`.
     pub beta2: f32,
     /// `1 - beta2`.
     pub one_minus_beta2: f32,
-    /// `lr / (1 - beta1^t)`.
-    pub step_size: f32,
     /// `sqrt(1 - beta2^t)`.
     pub sqrt_correction2: f32,
     /// `eps`, added after the bias correction.
     pub epsilon: f32,
+}
+
+/// What an AdamW step is to one parameter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamwStep {
+    /// `1 - lr * weight_decay`, or 1.
+    pub decay: f32,
+    /// `lr / (1 - beta1^t)`.
+    pub size: f32,
+}
+
+impl AdamwFactors {
+    /// One element's step, in the order of `torch.optim.AdamW` on the CPU.
+    #[inline(always)]
+    pub(super) fn step(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32, step: AdamwStep) {
+        let g = g * self.clip;
+        *m += self.one_minus_beta1 * (g - *m);
+        *v = *v * self.beta2 + self.one_minus_beta2 * g * g;
+        let denominator = v.sqrt() / self.sqrt_correction2 + self.epsilon;
+        *p = *p * step.decay - step.size * *m / denominator;
+    }
 }
 
 /// One AdamW step, in the order of `torch.optim.AdamW` on the CPU:
@@ -34,32 +52,132 @@ pub struct AdamwFactors {
 /// p -= step_size m / (sqrt(v) / sqrt_correction2 + eps)`.
 ///
 /// `p`, `m` and `v` are updated in place; all four slices have one length.
-pub fn adamw(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: &AdamwFactors) {
+pub fn adamw(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: AdamwStep, f: &AdamwFactors) {
     assert!(
         g.len() == p.len() && m.len() == p.len() && v.len() == p.len(),
         "adamw: slices of different lengths"
     );
     if p.len() <= CHUNK {
-        return adamw_chunk(p, g, m, v, f);
+        return adamw_chunk(p, g, m, v, step, f);
     }
     p.par_chunks_mut(CHUNK)
         .zip(g.par_chunks(CHUNK))
         .zip(m.par_chunks_mut(CHUNK))
         .zip(v.par_chunks_mut(CHUNK))
-        .for_each(|(((p, g), m), v)| adamw_chunk(p, g, m, v, f));
+        .for_each(|(((p, g), m), v)| adamw_chunk(p, g, m, v, step, f));
 }
 
-fn adamw_chunk(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: &AdamwFactors) {
+fn adamw_chunk(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: AdamwStep, f: &AdamwFactors) {
     vectorized(
         #[inline(always)]
         || {
             for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                let g = g * f.clip;
-                *m += f.one_minus_beta1 * (g - *m);
-                *v = *v * f.beta2 + f.one_minus_beta2 * g * g;
-                let denominator = v.sqrt() / f.sqrt_correction2 + f.epsilon;
-                *p = *p * f.decay - f.step_size * *m / denominator;
+                f.step(p, g, m, v, step);
             }
+        },
+    );
+}
+
+/// Calls `f(p, g, m)` for every element.
+fn with_one_moment(p: &mut [f32], g: &[f32], m: &mut [f32], f: impl Fn(&mut f32, f32, &mut f32) + Sync) {
+    assert!(
+        g.len() == p.len() && m.len() == p.len(),
+        "an optimizer's step: slices of different lengths"
+    );
+    let chunk = |((p, g), m): ((&mut [f32], &[f32]), &mut [f32])| {
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((p, &g), m) in p.iter_mut().zip(g).zip(m) {
+                    f(p, g, m);
+                }
+            },
+        );
+    };
+    if p.len() <= CHUNK {
+        return chunk(((p, g), m));
+    }
+    p.par_chunks_mut(CHUNK)
+        .zip(g.par_chunks(CHUNK))
+        .zip(m.par_chunks_mut(CHUNK))
+        .for_each(chunk);
+}
+
+/// The scalars of a step of stochastic gradient descent that all parameters share.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SgdFactors {
+    /// Every gradient is multiplied by this first: the clipping factor.
+    pub clip: f32,
+    /// What is left of the momentum of the step before.
+    pub momentum: f32,
+}
+
+/// One step of `torch.optim.SGD` without dampening and Nesterov:
+/// `g = clip g + weight_decay p; m = momentum m + g; p -= rate m`.
+///
+/// `p` and `m` are updated in place; without `m`, `p -= rate g`.
+pub fn sgd(p: &mut [f32], g: &[f32], m: Option<&mut [f32]>, rate: f32, weight_decay: f32, f: &SgdFactors) {
+    let gradient = |p: f32, g: f32| g * f.clip + weight_decay * p;
+    match m {
+        Some(m) => with_one_moment(
+            p,
+            g,
+            m,
+            #[inline(always)]
+            |p, g, m| {
+                *m = f.momentum * *m + gradient(*p, g);
+                *p -= rate * *m;
+            },
+        ),
+        None => {
+            assert!(g.len() == p.len(), "sgd: slices of different lengths");
+            p.par_chunks_mut(CHUNK)
+                .zip(g.par_chunks(CHUNK))
+                .for_each(|(p, g)| {
+                    p.iter_mut()
+                        .zip(g)
+                        .for_each(|(p, &g)| *p -= rate * gradient(*p, g))
+                });
+        }
+    }
+}
+
+/// The scalars of a Lion step that all parameters share.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LionFactors {
+    /// Every gradient is multiplied by this first: the clipping factor.
+    pub clip: f32,
+    /// `beta1`.
+    pub beta1: f32,
+    /// `1 - beta1`.
+    pub one_minus_beta1: f32,
+    /// `beta2`.
+    pub beta2: f32,
+    /// `1 - beta2`.
+    pub one_minus_beta2: f32,
+}
+
+/// One Lion step (Chen et al. 2023, arXiv 2302.06675, algorithm 2):
+/// `g = clip g; p = decay p - rate sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g`, where sign(0) is 0.
+///
+/// `p` and `m` are updated in place.
+pub fn lion(p: &mut [f32], g: &[f32], m: &mut [f32], rate: f32, decay: f32, f: &LionFactors) {
+    with_one_moment(
+        p,
+        g,
+        m,
+        #[inline(always)]
+        |p, g, m| {
+            let g = g * f.clip;
+            let mean = f.beta1 * *m + f.one_minus_beta1 * g;
+            // 0 stays 0, and what is no number stays none.
+            let sign = match mean {
+                mean if mean > 0.0 => 1.0,
+                mean if mean < 0.0 => -1.0,
+                mean => mean,
+            };
+            *p = *p * decay - rate * sign;
+            *m = f.beta2 * *m + f.one_minus_beta2 * g;
         },
     );
 }

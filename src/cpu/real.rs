@@ -36,6 +36,8 @@ pub trait Real:
     fn exp(self) -> Self;
     /// Natural logarithm.
     fn ln(self) -> Self;
+    /// Hyperbolic tangent.
+    fn tanh(self) -> Self;
 }
 
 impl Real for f64 {
@@ -64,6 +66,10 @@ impl Real for f64 {
     #[inline(always)]
     fn ln(self) -> Self {
         f64::ln(self)
+    }
+
+    fn tanh(self) -> Self {
+        f64::tanh(self)
     }
 }
 
@@ -119,6 +125,10 @@ impl Real for f32 {
     #[inline(always)]
     fn ln(self) -> Self {
         f32::ln(self)
+    }
+
+    fn tanh(self) -> Self {
+        f32::tanh(self)
     }
 }
 

@@ -12,7 +12,7 @@ use super::{Grid, SCRATCH, blocks, describe, device, launch, ordinal, size};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
-/// Keys and values of a prefix, `[heads, P, d]` each.
+/// Keys and values of a prefix, `[heads, P, d]` each, or `[B, heads, P, d]`.
 pub(crate) type Prefix<'a> = Option<(&'a Tensor, &'a Tensor)>;
 
 /// From as many blocks of the tall kernel on, two on every multiprocessor of a large card, it is worth its size.
@@ -26,6 +26,8 @@ struct Extents {
     heads: u32,
     head_dim: u32,
     prefix: u32,
+    /// From the prefix of one sequence to that of the next; 0 when all share one.
+    prefix_batch_stride: u64,
     /// `log2 e / sqrt(d)`.
     scale: f32,
 }
@@ -60,15 +62,18 @@ impl Extents {
             });
         }
         size(operation, rows)?;
+        let (length, each) = prefix.map_or((0, 0), |(keys, _)| prefix_extents(keys, heads));
         let count = |extent: usize| size(operation, extent).map(|extent| extent as u32);
         Ok(Self {
             size: count(sequences)?,
             queries: count(rows / sequences)?,
             heads: count(heads)?,
             head_dim: count(head_dim)?,
-            prefix: match prefix {
-                Some((keys, _)) => count(keys.shape().rows_and_columns().0 / heads)?,
-                None => 0,
+            prefix: count(length)?,
+            prefix_batch_stride: if each > 1 {
+                (heads * length * head_dim) as u64
+            } else {
+                0
             },
             scale: (std::f64::consts::LOG2_E / (head_dim as f64).sqrt()) as f32,
         })
@@ -98,6 +103,14 @@ impl Extents {
         let tile = sys::GLM_ATTENTION_F32_TILE;
         4 * (tiles * tile * (self.head_dim | 1) + rows * self.head_dim + weights * tile)
     }
+}
+
+/// The length of a prefix `[heads, P, d]` or `[B, heads, P, d]`, and of how many sequences it is.
+fn prefix_extents(keys: &Tensor, heads: usize) -> (usize, usize) {
+    let (rows, _) = keys.shape().rows_and_columns();
+    let extents = keys.shape();
+    let length = extents.extents()[extents.extents().len() - 2];
+    (length, rows / (heads * length).max(1))
 }
 
 fn pointers(prefix: Prefix<'_>) -> (*const c_void, *const c_void) {
@@ -141,6 +154,7 @@ unsafe fn forward(
         prefix_values,
         spans: spans.device_ptr().cast(),
         key_batch_stride: keys.batch_stride,
+        prefix_batch_stride: e.prefix_batch_stride,
         key_row_stride: keys.row_stride,
         key_head_stride: keys.head_stride,
         queries: e.queries,
@@ -211,7 +225,7 @@ pub(crate) fn attention(
         count: e.queries,
     };
     // SAFETY: ops has checked qkv [B S, heads 3 d], spans [B, 2], context [B S, heads d], log_sum_exp of heads B S elements and
-    // the prefix [heads, P, d], all on one device.
+    // the prefix [heads, P, d] or [B, heads, P, d], all on one device.
     unsafe { forward(OPERATION, e, qkv, &keys, spans, prefix, context, log_sum_exp) }
 }
 
@@ -277,6 +291,7 @@ pub(crate) fn attention_backward(
         prefix_keys,
         prefix_values,
         spans: spans.device_ptr().cast(),
+        prefix_batch_stride: e.prefix_batch_stride,
         size: e.size,
         queries: e.queries,
         heads: e.heads,
@@ -329,13 +344,14 @@ pub(crate) fn attention_backward(
     let grid_q = e.grid(OPERATION, e.queries, block_rows, shared_q)?;
     let grid_kv = e.grid(OPERATION, e.queries, block_rows, shared_kv)?;
     // SAFETY: ops has checked qkv and dqkv [B S, heads 3 d], d_context and context [B S, heads d], log_sum_exp and spans as for
-    // the forward pass, the prefix and its gradients [heads, P, d], all on one device; delta has been launched above.
+    // the forward pass, the prefix and its gradients [heads, P, d] or [B, heads, P, d], all on one device; delta has been launched above.
     unsafe {
         launch(card, q, dtype, grid_q, &params)?;
         launch(card, kv, dtype, grid_kv, &params)?;
         if !d_prefix_keys.is_null() {
-            let all = Extents { size: 1, ..e };
-            let grid = all.grid(OPERATION, e.prefix, block_rows, shared_kv)?;
+            // To a prefix that they share all sequences are one.
+            let size = if e.prefix_batch_stride == 0 { 1 } else { e.size };
+            let grid = Extents { size, ..e }.grid(OPERATION, e.prefix, block_rows, shared_kv)?;
             launch(card, of_prefix, dtype, grid, &params)?;
         }
     }
@@ -451,6 +467,7 @@ unsafe fn decode(
         prefix_keys,
         prefix_values,
         spans: spans.device_ptr().cast(),
+        prefix_batch_stride: e.prefix_batch_stride,
         key_count,
         capacity: keys.extent(1) as u32,
         heads: e.heads,

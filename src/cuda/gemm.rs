@@ -57,6 +57,7 @@ fn stem(layout: Layout, types: [DType; 3]) -> Option<(&'static str, DType)> {
         (Nt, [false, false, false]) => "gemm_nt_ttt",
         (Nt, [false, true, false]) => "gemm_nt_tft",
         (Nt, [false, false, true]) => "gemm_nt_ttf",
+        (Nt, [false, true, true]) => "gemm_nt_tff",
         (Nn, [false, false, false]) => "gemm_nn_ttt",
         (Nn, [false, true, false]) => "gemm_nn_tft",
         (Nn, [true, false, true]) => "gemm_nn_ftf",
@@ -304,7 +305,7 @@ pub(crate) fn linear_backward_input(
 
 /// `c [M, N] = alpha * op(a) op(b) + beta * c`; `op` transposes when its flag is set.
 ///
-/// Of 16-bit types there are: a bᵀ and a b into 16 bits, where b may be f32 (an adapter's matrix), a bᵀ and
+/// Of 16-bit types there are: a bᵀ and a b into 16 bits, where b may be f32 (what trains), a bᵀ (b may be f32) and
 /// aᵀ b into f32, and a b and aᵀ b into f32 with an a of f32.
 ///
 /// # Errors

@@ -17,7 +17,7 @@ const CHUNK_UNIT: usize = 64;
 /// The matrix of a head, `[V, K]`.
 #[derive(Clone, Copy)]
 pub(crate) enum Head<'a> {
-    /// Of the type of the activations.
+    /// Of the type of the activations, or of f32 when it trains.
     Dense(&'a Tensor),
     /// In 4 bits.
     Quant(&'a QuantTensor),

@@ -5,6 +5,7 @@
 //! stream in the order it was asked for; [`crate::ops`] has checked shapes and types before it calls a wrapper here.
 
 pub(crate) mod attention;
+pub(crate) mod dora;
 mod failure;
 pub(crate) mod gemm;
 mod lane_maps;
@@ -15,6 +16,7 @@ pub(crate) mod nf4_linear;
 pub(crate) mod norm;
 pub(crate) mod optim;
 pub(crate) mod pointwise;
+pub(crate) mod prefix;
 pub(crate) mod rows;
 mod sys;
 

@@ -1,8 +1,8 @@
 //! Launches of `cuda/norm.cu`: LayerNorm, and sums over rows.
 
 use super::sys::{
-    AddPartials, ColumnSums, GLM_COLUMN_THREADS, GLM_NORM_HELD, GLM_NORM_THREADS, LayerNormBackwardInput,
-    LayerNormBackwardParameters, LayerNormForward,
+    AddPartials, ColumnProducts, ColumnSums, GLM_COLUMN_THREADS, GLM_NORM_HELD, GLM_NORM_THREADS,
+    LayerNormBackwardInput, LayerNormBackwardParameters, LayerNormForward,
 };
 use super::{Grid, SCRATCH, blocks, check_scratch, device, launch, launch_named, ordinal, size};
 use crate::error::{Error, Result};
@@ -184,5 +184,41 @@ pub(crate) fn accumulate_column_sums(dy: &Tensor, db: &mut Tensor) -> Result<()>
     unsafe {
         launch(ordinal(dy), operation, dy.dtype(), parts.grid, &params)?;
         launch_named(ordinal(dy), operation, "add_partials", columns, &sums)
+    }
+}
+
+/// As [`crate::ops::accumulate_column_products`].
+pub(crate) fn accumulate_column_products(
+    x: &Tensor,
+    y: &Tensor,
+    factor: &Tensor,
+    d: &mut Tensor,
+) -> Result<()> {
+    let operation = "column_products";
+    let (m, n) = x.shape().rows_and_columns();
+    let parts = parts(operation, x, 1)?;
+    let scratch = device(ordinal(x))?.scratch()?;
+    let params = ColumnProducts {
+        partials: scratch.pointer().cast(),
+        x: x.device_ptr(),
+        y: y.device_ptr(),
+        factor: factor.device_ptr().cast(),
+        m: size(operation, m)?.cast_unsigned(),
+        n: size(operation, n)?.cast_unsigned(),
+        rows_per_part: parts.rows,
+        reserved: 0,
+    };
+    let sums = AddPartials {
+        first: d.device_ptr_mut().cast(),
+        second: std::ptr::null_mut(),
+        partials: params.partials,
+        n: params.n,
+        parts: parts.count,
+    };
+    let columns = a_thread_for_a_column(operation, n, 1)?;
+    // SAFETY: ops has checked shapes, types and devices against x; `parts` that the partial sums fit the scratch memory.
+    unsafe {
+        launch(ordinal(x), operation, x.dtype(), parts.grid, &params)?;
+        launch_named(ordinal(x), operation, "add_partials", columns, &sums)
     }
 }

@@ -1,14 +1,15 @@
-//! Launches of `cuda/optim.cu`: all parameters in one launch, by tables of chunks that lie in scratch memory.
+//! Launches of `cuda/optim.cu` and `cuda/optim_8bit.cu`: all parameters in one launch, by tables of chunks that lie in
+//! scratch memory.
 
 use super::sys::{
-    Adamw, AdamwChunk, CountNonFinite, FloatChunk, GLM_CHUNK, GLM_NON_FINITE_BLOCKS, GLM_OPTIM_THREADS,
-    NonFinite, SumOfSquares, SumPartials, ZeroChunks,
+    Adamw, Adamw8bit, Adamw8bitChunk, AdamwChunk, CountNonFinite, FloatChunk, GLM_BLOCK_8BIT, GLM_CHUNK,
+    GLM_NON_FINITE_BLOCKS, GLM_OPTIM_THREADS, Lion, MomentumChunk, NonFinite, Sgd, SumOfSquares, ZeroChunks,
 };
 use super::{Grid, SCRATCH, blocks, check_scratch, device, launch, launch_named, ordinal};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
-pub(crate) use super::sys::AdamwFactors;
+pub(crate) use super::sys::{AdamwFactors, LionFactors, Maps8bit};
 
 /// What an AdamW step does to one parameter; all F32.
 #[derive(Debug)]
@@ -21,8 +22,61 @@ pub struct AdamwSlot<'a> {
     pub m: &'a mut Tensor,
     /// Its second moment.
     pub v: &'a mut Tensor,
-    /// Does weight decay apply to it?
-    pub decayed: bool,
+    /// `1 - lr * weight_decay`, or 1 for a parameter that is not decayed.
+    pub decay: f32,
+    /// `lr / (1 - beta1^t)`.
+    pub step_size: f32,
+}
+
+/// What an AdamW step with moments in 8 bits does to one parameter.
+#[derive(Debug)]
+pub struct Adamw8bitSlot<'a> {
+    /// The parameter, F32.
+    pub p: &'a mut Tensor,
+    /// Its gradient, F32.
+    pub g: &'a Tensor,
+    /// Its first moment in codes of the signed map, U8.
+    pub m: &'a mut Tensor,
+    /// Its second moment in codes of the unsigned map, U8.
+    pub v: &'a mut Tensor,
+    /// The scale of every 256 first moments, F32 `[ceil(n / 256)]`.
+    pub m_absmax: &'a mut Tensor,
+    /// The scale of every 256 second moments, F32 `[ceil(n / 256)]`.
+    pub v_absmax: &'a mut Tensor,
+    /// `1 - lr * weight_decay`, or 1 for a parameter that is not decayed.
+    pub decay: f32,
+    /// `lr / (1 - beta1^t)`.
+    pub step_size: f32,
+}
+
+/// What a step of stochastic gradient descent does to one parameter; all F32.
+#[derive(Debug)]
+pub struct SgdSlot<'a> {
+    /// The parameter.
+    pub p: &'a mut Tensor,
+    /// Its gradient.
+    pub g: &'a Tensor,
+    /// Its momentum, if there is any.
+    pub m: Option<&'a mut Tensor>,
+    /// The learning rate.
+    pub rate: f32,
+    /// The share of the parameter that is added to its gradient.
+    pub weight_decay: f32,
+}
+
+/// What a Lion step does to one parameter; all F32.
+#[derive(Debug)]
+pub struct LionSlot<'a> {
+    /// The parameter.
+    pub p: &'a mut Tensor,
+    /// Its gradient.
+    pub g: &'a Tensor,
+    /// Its momentum.
+    pub m: &'a mut Tensor,
+    /// The learning rate.
+    pub rate: f32,
+    /// `1 - lr * weight_decay`, or 1 for a parameter that is not decayed.
+    pub decay: f32,
 }
 
 fn grid(blocks: u32, shared_bytes: usize) -> Grid {
@@ -47,42 +101,147 @@ fn bytes_of<T: Copy>(table: &[T]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(table.as_ptr().cast(), size_of_val(table)) }
 }
 
-/// As [`crate::ops::adamw_all`], of slots on device `ordinal`.
-pub(crate) fn adamw(
+fn float(x: &mut Tensor) -> *mut f32 {
+    x.device_ptr_mut().cast()
+}
+
+/// Launches `kernel` over a table of chunks that lies `before` bytes into the scratch memory, in as many pieces as it takes;
+/// `params` makes the kernel's parameters of the address of the scratch memory and of the table.
+///
+/// # Safety
+/// Every pointer in the table and in what `params` makes is good for what the kernel does with it.
+// SAFETY: as above.
+unsafe fn launch_chunks<C: Copy, P: Copy>(
     ordinal: u8,
-    slots: &mut [AdamwSlot<'_>],
-    decay: f32,
-    factors: AdamwFactors,
+    kernel: &'static str,
+    table: &[C],
+    (before, shared_bytes): (&[u8], usize),
+    params: impl Fn(*const std::ffi::c_void, *const C) -> P,
 ) -> Result<()> {
+    let scratch = device(ordinal)?.scratch()?;
+    for table in table.chunks((SCRATCH - before.len()) / size_of::<C>()) {
+        if !before.is_empty() {
+            scratch.upload(kernel, 0, before)?;
+        }
+        scratch.upload(kernel, before.len(), bytes_of(table))?;
+        let base = scratch.pointer();
+        let params = params(base, base.wrapping_byte_add(before.len()).cast());
+        let grid = grid(blocks(kernel, table.len(), 1)?, shared_bytes);
+        // SAFETY: the caller's promise; the table lies in the scratch memory.
+        unsafe { launch_named(ordinal, kernel, kernel, grid, &params)? };
+    }
+    Ok(())
+}
+
+/// As [`crate::ops::adamw`], of slots on device `ordinal`.
+pub(crate) fn adamw(ordinal: u8, slots: &mut [AdamwSlot<'_>], factors: AdamwFactors) -> Result<()> {
     let mut table = Vec::new();
     for slot in slots {
-        let p: *mut f32 = slot.p.device_ptr_mut().cast();
         let g: *const f32 = slot.g.device_ptr().cast();
-        let m: *mut f32 = slot.m.device_ptr_mut().cast();
-        let v: *mut f32 = slot.v.device_ptr_mut().cast();
-        let decay = if slot.decayed { decay } else { 1.0 };
+        let [p, m, v] = [&mut *slot.p, &mut *slot.m, &mut *slot.v].map(float);
         table.extend(chunks(slot.g.elements()).map(|(first, n)| AdamwChunk {
             p: p.wrapping_add(first),
             g: g.wrapping_add(first),
             m: m.wrapping_add(first),
             v: v.wrapping_add(first),
             n,
-            decay,
+            decay: slot.decay,
+            step_size: slot.step_size,
+            reserved: 0,
         }));
     }
-    let scratch = device(ordinal)?.scratch()?;
-    for table in table.chunks(SCRATCH / size_of::<AdamwChunk>()) {
-        scratch.upload("adamw", 0, bytes_of(table))?;
-        let params = Adamw {
-            chunks: scratch.pointer().cast(),
-            factors,
-        };
-        let grid = grid(blocks("adamw", table.len(), 1)?, 0);
-        // SAFETY: ops has checked that the four tensors of a slot are on this device and of one length, which the chunks
-        // do not leave.
-        unsafe { launch_named(ordinal, "adamw", "adamw", grid, &params)? };
+    let params = |_, chunks| Adamw { chunks, factors };
+    // SAFETY: ops has checked that the four tensors of a slot are on this device and of one length, which the chunks do
+    // not leave.
+    unsafe { launch_chunks(ordinal, "adamw", &table, (&[], 0), params) }
+}
+
+/// As [`crate::ops::adamw_8bit`], of slots on device `ordinal`.
+pub(crate) fn adamw_8bit(
+    ordinal: u8,
+    slots: &mut [Adamw8bitSlot<'_>],
+    maps: &Maps8bit,
+    factors: AdamwFactors,
+) -> Result<()> {
+    let mut table = Vec::new();
+    for slot in slots {
+        let g: *const f32 = slot.g.device_ptr().cast();
+        let [m, v] = [&mut *slot.m, &mut *slot.v].map(|x| x.device_ptr_mut().cast::<u8>());
+        let [p, m_absmax, v_absmax] = [&mut *slot.p, &mut *slot.m_absmax, &mut *slot.v_absmax].map(float);
+        table.extend(chunks(slot.g.elements()).map(|(first, n)| Adamw8bitChunk {
+            p: p.wrapping_add(first),
+            g: g.wrapping_add(first),
+            m: m.wrapping_add(first),
+            v: v.wrapping_add(first),
+            m_absmax: m_absmax.wrapping_add(first / GLM_BLOCK_8BIT as usize),
+            v_absmax: v_absmax.wrapping_add(first / GLM_BLOCK_8BIT as usize),
+            n,
+            decay: slot.decay,
+            step_size: slot.step_size,
+            reserved: 0,
+        }));
     }
-    Ok(())
+    let maps = bytes_of(std::slice::from_ref(maps));
+    let params = |base: *const std::ffi::c_void, chunks| Adamw8bit {
+        chunks,
+        maps: base.cast(),
+        factors,
+    };
+    // SAFETY: ops has checked that the tensors of a slot are on this device, of one length and with a scale for each block;
+    // chunks begin at blocks and do not leave them. The maps lie where the scratch memory begins.
+    unsafe { launch_chunks(ordinal, "adamw_8bit", &table, (maps, maps.len()), params) }
+}
+
+/// As [`crate::ops::sgd`], of slots on device `ordinal`.
+pub(crate) fn sgd(ordinal: u8, slots: &mut [SgdSlot<'_>], clip: f32, momentum: f32) -> Result<()> {
+    let mut table = Vec::new();
+    for slot in slots {
+        let m = slot.m.as_deref_mut().map_or(std::ptr::null_mut(), float);
+        let (rate, decay) = (slot.rate, slot.weight_decay);
+        table.extend(momentum_chunks(slot.p, slot.g, m, rate, decay));
+    }
+    let params = |_, chunks| Sgd {
+        chunks,
+        clip,
+        momentum,
+    };
+    // SAFETY: ops has checked that the tensors of a slot are on this device and of one length, which the chunks do not
+    // leave; a chunk without momentum has a null pointer, as the kernel allows.
+    unsafe { launch_chunks(ordinal, "sgd", &table, (&[], 0), params) }
+}
+
+/// As [`crate::ops::lion`], of slots on device `ordinal`.
+pub(crate) fn lion(ordinal: u8, slots: &mut [LionSlot<'_>], factors: LionFactors) -> Result<()> {
+    let mut table = Vec::new();
+    for slot in slots {
+        let m = float(slot.m);
+        table.extend(momentum_chunks(slot.p, slot.g, m, slot.rate, slot.decay));
+    }
+    let params = |_, chunks| Lion { chunks, factors };
+    // SAFETY: ops has checked that the three tensors of a slot are on this device and of one length, which the chunks do
+    // not leave.
+    unsafe { launch_chunks(ordinal, "lion", &table, (&[], 0), params) }
+}
+
+/// The chunks of a parameter with one moment, which may be null.
+fn momentum_chunks(
+    p: &mut Tensor,
+    g: &Tensor,
+    m: *mut f32,
+    rate: f32,
+    decay: f32,
+) -> impl Iterator<Item = MomentumChunk> {
+    let p = float(p);
+    let first_g: *const f32 = g.device_ptr().cast();
+    chunks(g.elements()).map(move |(first, n)| MomentumChunk {
+        p: p.wrapping_add(first),
+        g: first_g.wrapping_add(first),
+        m: if m.is_null() { m } else { m.wrapping_add(first) },
+        n,
+        rate,
+        decay,
+        reserved: 0,
+    })
 }
 
 /// The chunks of one tensor.
@@ -94,40 +253,40 @@ fn float_chunks(x: *mut f32, n: usize) -> impl Iterator<Item = FloatChunk> {
     })
 }
 
-/// As [`crate::ops::sum_of_squares_all`], of tensors on device `ordinal`.
-pub(crate) fn sum_of_squares(ordinal: u8, tensors: &[&Tensor]) -> Result<f64> {
-    let operation = "sum_of_squares";
-    let table: Vec<FloatChunk> = tensors
+/// As [`crate::ops::sums_of_squares`], of tensors on device `ordinal`.
+pub(crate) fn sums_of_squares(ordinal: u8, tensors: &[&Tensor]) -> Result<Vec<f64>> {
+    let operation = "sums_of_squares";
+    let mut table = Vec::new();
+    let counts: Vec<usize> = tensors
         .iter()
-        .flat_map(|x| float_chunks(x.device_ptr().cast_mut().cast(), x.elements()))
+        .map(|x| {
+            let before = table.len();
+            table.extend(float_chunks(x.device_ptr().cast_mut().cast(), x.elements()));
+            table.len() - before
+        })
         .collect();
-    // The table, the chunks' sums, their sum.
-    let partials = size_of_val(table.as_slice());
-    let total = partials + table.len() * size_of::<f64>();
-    check_scratch(operation, total + size_of::<f64>())?;
+    // The table, then the chunks' sums.
+    let at = size_of_val(table.as_slice());
+    let mut partials = vec![0f64; table.len()];
+    check_scratch(operation, at + size_of_val(partials.as_slice()))?;
     let scratch = device(ordinal)?.scratch()?;
     scratch.upload(operation, 0, bytes_of(&table))?;
     let base = scratch.pointer();
-    let squares = SumOfSquares {
-        partials: base.wrapping_byte_add(partials).cast(),
+    let params = SumOfSquares {
+        partials: base.wrapping_byte_add(at).cast(),
         chunks: base.cast(),
     };
-    let sum = SumPartials {
-        sum: base.wrapping_byte_add(total).cast(),
-        partials: squares.partials,
-        n: table.len() as u64,
-    };
     let shared_bytes = GLM_OPTIM_THREADS as usize * size_of::<f64>();
-    let chunks = grid(blocks(operation, table.len(), 1)?, shared_bytes);
+    let grid = grid(blocks(operation, table.len(), 1)?, shared_bytes);
     // SAFETY: ops has checked that the tensors are F32 and on this device; their chunks lie within them, and everything
     // else within the scratch memory.
-    unsafe {
-        launch_named(ordinal, operation, "sum_of_squares", chunks, &squares)?;
-        launch_named(ordinal, operation, "sum_partials", grid(1, shared_bytes), &sum)?;
-    }
-    let mut bytes = [0; 8];
-    scratch.download(operation, total, &mut bytes)?;
-    Ok(f64::from_ne_bytes(bytes))
+    unsafe { launch_named(ordinal, operation, "sum_of_squares", grid, &params)? };
+    scratch.download(operation, at, bytemuck::cast_slice_mut(&mut partials))?;
+    let mut partials = partials.into_iter();
+    Ok(counts
+        .into_iter()
+        .map(|count| partials.by_ref().take(count).sum())
+        .collect())
 }
 
 /// As [`crate::ops::zero_all`], of tensors on device `ordinal`.

@@ -1,10 +1,13 @@
 //! Launches of `cuda/pointwise.cu`: elementwise functions.
 
-use super::sys::{Dropout, GLM_POINTWISE_THREADS, GeluBackward, GeluForward, Rope};
-use super::{Grid, blocks, launch, ordinal, size};
-use crate::error::Result;
+use super::sys::{
+    Cast, Dropout, GLM_DROPOUT_ACCUMULATE, GLM_DROPOUT_REST, GLM_DROPOUT_WRITE, GLM_POINTWISE_THREADS,
+    GeluBackward, GeluForward, Noise, Rope,
+};
+use super::{Grid, blocks, launch, launch_named, ordinal, size};
+use crate::error::{Error, Result};
 use crate::rng::Stream;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// One thread for every 16 bytes of a tensor like `x`.
 fn a_thread_for_16_bytes(operation: &'static str, x: &Tensor) -> Result<Grid> {
@@ -42,6 +45,20 @@ pub(crate) fn gelu_backward(x: &Tensor, d: &mut Tensor) -> Result<()> {
 
 /// As [`crate::ops::dropout`], or [`crate::ops::accumulate_dropout`].
 pub(crate) fn dropout(x: &Tensor, p: f32, stream: Stream, accumulate: bool, y: &mut Tensor) -> Result<()> {
+    let then = if accumulate {
+        GLM_DROPOUT_ACCUMULATE
+    } else {
+        GLM_DROPOUT_WRITE
+    };
+    drop_out(x, p, stream, then, y)
+}
+
+/// As [`crate::ops::dropout_rest`].
+pub(crate) fn dropout_rest(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()> {
+    drop_out(x, p, stream, GLM_DROPOUT_REST, y)
+}
+
+fn drop_out(x: &Tensor, p: f32, stream: Stream, then: u32, y: &mut Tensor) -> Result<()> {
     let grid = a_thread_for_16_bytes("dropout", x)?;
     let params = Dropout {
         y: y.device_ptr_mut(),
@@ -51,11 +68,54 @@ pub(crate) fn dropout(x: &Tensor, p: f32, stream: Stream, accumulate: bool, y: &
         stream: stream.stream(),
         p,
         scale: (1.0 / (1.0 - f64::from(p))) as f32,
-        accumulate: accumulate.into(),
+        then,
         reserved: 0,
     };
     // SAFETY: ops has checked that both have n elements of one type on one device.
     unsafe { launch(ordinal(x), "dropout", x.dtype(), grid, &params) }
+}
+
+/// As [`crate::ops::accumulate_noise`].
+pub(crate) fn accumulate_noise(bound: f64, stream: Stream, y: &mut Tensor) -> Result<()> {
+    let grid = a_thread_for_16_bytes("noise", y)?;
+    let params = Noise {
+        y: y.device_ptr_mut(),
+        n: y.elements() as u64,
+        seed: stream.seed(),
+        stream: stream.stream(),
+        bound: bound as f32,
+        reserved: 0,
+    };
+    // SAFETY: y has n elements on its device.
+    unsafe { launch(ordinal(y), "noise", y.dtype(), grid, &params) }
+}
+
+/// As [`crate::ops::cast`], between two different types.
+pub(crate) fn cast(x: &Tensor, y: &mut Tensor) -> Result<()> {
+    let suffix = |tensor: &Tensor| match tensor.dtype() {
+        DType::F32 => Ok("f32"),
+        DType::F16 => Ok("f16"),
+        DType::BF16 => Ok("bf16"),
+        other => Err(Error::Shape {
+            operation: "cast",
+            found: other.to_string(),
+            expected: "float32, float16 or bfloat16".into(),
+        }),
+    };
+    let kernel = format!("cast_{}_{}", suffix(x)?, suffix(y)?);
+    let narrow = if x.dtype().size() < y.dtype().size() {
+        x
+    } else {
+        &*y
+    };
+    let grid = a_thread_for_16_bytes("cast", narrow)?;
+    let params = Cast {
+        y: y.device_ptr_mut(),
+        x: x.device_ptr(),
+        n: x.elements() as u64,
+    };
+    // SAFETY: ops has checked that both have n elements on one device; the kernel is that of their types.
+    unsafe { launch_named(ordinal(x), "cast", &kernel, grid, &params) }
 }
 
 /// As [`crate::ops::rope`].

@@ -20,21 +20,33 @@ fn strips_of_rows(operation: &'static str, rows: usize, n: usize, dtype: DType) 
     })
 }
 
-/// As [`crate::ops::embedding`], of a weight in the compute type.
+/// As [`crate::ops::embedding`], of a weight in the compute type, or in f32 when it trains.
 pub(crate) fn embedding(w: &Tensor, ids: &Tensor, y: &mut Tensor) -> Result<()> {
-    if w.dtype() != y.dtype() {
-        return Err(Error::Shape {
-            operation: "embedding",
-            found: format!("w {}", w.dtype()),
-            expected: format!("w {}, the compute type of this device", y.dtype()),
-        });
+    if w.dtype() == y.dtype() {
+        return gather("embedding", "gather_rows", w, ids, y);
     }
-    gather_rows(w, ids, y)
+    if w.dtype() == DType::F32 {
+        return gather("embedding", "gather_rounded", w, ids, y);
+    }
+    Err(Error::Shape {
+        operation: "embedding",
+        found: format!("w {}", w.dtype()),
+        expected: format!("w {}, the compute type of this device, or float32", y.dtype()),
+    })
 }
 
 /// As [`crate::ops::gather_rows`].
 pub(crate) fn gather_rows(x: &Tensor, rows: &Tensor, y: &mut Tensor) -> Result<()> {
-    let operation = "gather_rows";
+    gather("gather_rows", "gather_rows", x, rows, y)
+}
+
+fn gather(
+    operation: &'static str,
+    kernel: &'static str,
+    x: &Tensor,
+    rows: &Tensor,
+    y: &mut Tensor,
+) -> Result<()> {
     let (m, n) = x.shape().rows_and_columns();
     let params = GatherRows {
         y: y.device_ptr_mut(),
@@ -45,10 +57,10 @@ pub(crate) fn gather_rows(x: &Tensor, rows: &Tensor, y: &mut Tensor) -> Result<(
         n: size(operation, n)?.cast_unsigned(),
         reserved: 0,
     };
-    let grid = strips_of_rows(operation, rows.elements(), n, x.dtype())?;
-    // SAFETY: ops has checked that y has a row for each number, and all types and devices; a number outside x is not
-    // read from it.
-    unsafe { launch(ordinal(x), operation, x.dtype(), grid, &params) }
+    let grid = strips_of_rows(operation, rows.elements(), n, y.dtype())?;
+    // SAFETY: ops has checked that y has a row for each number, and all devices; x is of the type that the kernel takes; a
+    // number outside x is not read from it.
+    unsafe { launch(ordinal(x), kernel, y.dtype(), grid, &params) }
 }
 
 /// As [`crate::ops::scatter_rows`].

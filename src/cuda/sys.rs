@@ -4,13 +4,18 @@
 #![allow(dead_code, clippy::all, rustdoc::all)]
 
 pub const GLM_POINTWISE_THREADS: u32 = 256;
+pub const GLM_DROPOUT_WRITE: u32 = 0;
+pub const GLM_DROPOUT_ACCUMULATE: u32 = 1;
+pub const GLM_DROPOUT_REST: u32 = 2;
 pub const GLM_NORM_HELD: u32 = 16;
 pub const GLM_NORM_THREADS: u32 = 1024;
 pub const GLM_COLUMN_THREADS: u32 = 256;
+pub const GLM_DORA_THREADS: u32 = 256;
 pub const GLM_ROWS_THREADS: u32 = 256;
 pub const GLM_OPTIM_THREADS: u32 = 256;
 pub const GLM_CHUNK: u32 = 16384;
 pub const GLM_NON_FINITE_BLOCKS: u32 = 256;
+pub const GLM_BLOCK_8BIT: u32 = 256;
 pub const GLM_GEMM_TILE: u32 = 128;
 pub const GLM_GEMM_SMALL_TILE: u32 = 64;
 pub const GLM_GEMM_SMALL_DEPTH: u32 = 64;
@@ -54,6 +59,8 @@ pub const GLM_ATTENTION_BACKWARD_STATISTICS_BYTES: u32 = 512;
 pub const GLM_ATTENTION_BACKWARD_F32_ROWS: u32 = 8;
 pub const GLM_KV_APPEND_THREADS: u32 = 256;
 pub const GLM_ATTENTION_CHUNK: u32 = 64;
+pub const GLM_PREFIX_THREADS: u32 = 256;
+pub const GLM_PREFIX_SPAN: u32 = 8;
 #[doc = " `y = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))` of `n` elements."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -86,7 +93,7 @@ const _: () = {
     ["Offset of field: GeluBackward::x"][::core::mem::offset_of!(GeluBackward, x) - 8usize];
     ["Offset of field: GeluBackward::n"][::core::mem::offset_of!(GeluBackward, n) - 16usize];
 };
-#[doc = " `y = mask x scale` of `n` elements, or `y += ...` when `accumulate` is 1. Element `i` is kept when the uniform `i` of\n the stream (`seed`, `stream`) is at least `p`; `scale` is `1 / (1 - p)`."]
+#[doc = " `d = mask x scale` of `n` elements; then `y = d`, `y += d` or `y = x - d`. Element `i` is kept when the uniform `i` of\n the stream (`seed`, `stream`) is at least `p`; `scale` is `1 / (1 - p)`."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct Dropout {
@@ -97,7 +104,7 @@ pub struct Dropout {
     pub stream: u64,
     pub p: f32,
     pub scale: f32,
-    pub accumulate: u32,
+    pub then: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -111,7 +118,7 @@ const _: () = {
     ["Offset of field: Dropout::stream"][::core::mem::offset_of!(Dropout, stream) - 32usize];
     ["Offset of field: Dropout::p"][::core::mem::offset_of!(Dropout, p) - 40usize];
     ["Offset of field: Dropout::scale"][::core::mem::offset_of!(Dropout, scale) - 44usize];
-    ["Offset of field: Dropout::accumulate"][::core::mem::offset_of!(Dropout, accumulate) - 48usize];
+    ["Offset of field: Dropout::then"][::core::mem::offset_of!(Dropout, then) - 48usize];
     ["Offset of field: Dropout::reserved"][::core::mem::offset_of!(Dropout, reserved) - 52usize];
 };
 #[doc = " Turns the q and k parts of `qkv [M, heads, 3, head_dim]` in place; `sign` is 1, or -1 to turn back.\n\n `positions [M, 2]`; `tables [position_count, head_dim / 2]` hold the cosines, then the sines. A position outside the\n tables makes its half of the row's q and k NaN."]
@@ -141,6 +148,28 @@ const _: () = {
     ["Offset of field: Rope::position_count"][::core::mem::offset_of!(Rope, position_count) - 36usize];
     ["Offset of field: Rope::sign"][::core::mem::offset_of!(Rope, sign) - 40usize];
     ["Offset of field: Rope::reserved"][::core::mem::offset_of!(Rope, reserved) - 44usize];
+};
+#[doc = " `y += bound (2 u - 1)` of `n` elements, with the uniforms `u` of the stream (`seed`, `stream`)."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Noise {
+    pub y: *mut core::ffi::c_void,
+    pub n: u64,
+    pub seed: u64,
+    pub stream: u64,
+    pub bound: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Noise"][::core::mem::size_of::<Noise>() - 40usize];
+    ["Alignment of Noise"][::core::mem::align_of::<Noise>() - 8usize];
+    ["Offset of field: Noise::y"][::core::mem::offset_of!(Noise, y) - 0usize];
+    ["Offset of field: Noise::n"][::core::mem::offset_of!(Noise, n) - 8usize];
+    ["Offset of field: Noise::seed"][::core::mem::offset_of!(Noise, seed) - 16usize];
+    ["Offset of field: Noise::stream"][::core::mem::offset_of!(Noise, stream) - 24usize];
+    ["Offset of field: Noise::bound"][::core::mem::offset_of!(Noise, bound) - 32usize];
+    ["Offset of field: Noise::reserved"][::core::mem::offset_of!(Noise, reserved) - 36usize];
 };
 #[doc = " `y = x` of `n` elements in another type, rounded to nearest even; the kernel's name holds both types, from and to."]
 #[repr(C)]
@@ -277,6 +306,34 @@ const _: () = {
         [::core::mem::offset_of!(ColumnSums, rows_per_part) - 24usize];
     ["Offset of field: ColumnSums::reserved"][::core::mem::offset_of!(ColumnSums, reserved) - 28usize];
 };
+#[doc = " `partials [parts, N]`: for each part of `rows_per_part` rows the sum of `x y factor [N]`. `AddPartials` follows."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ColumnProducts {
+    pub partials: *mut f32,
+    pub x: *const core::ffi::c_void,
+    pub y: *const core::ffi::c_void,
+    pub factor: *const f32,
+    pub m: u32,
+    pub n: u32,
+    pub rows_per_part: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ColumnProducts"][::core::mem::size_of::<ColumnProducts>() - 48usize];
+    ["Alignment of ColumnProducts"][::core::mem::align_of::<ColumnProducts>() - 8usize];
+    ["Offset of field: ColumnProducts::partials"][::core::mem::offset_of!(ColumnProducts, partials) - 0usize];
+    ["Offset of field: ColumnProducts::x"][::core::mem::offset_of!(ColumnProducts, x) - 8usize];
+    ["Offset of field: ColumnProducts::y"][::core::mem::offset_of!(ColumnProducts, y) - 16usize];
+    ["Offset of field: ColumnProducts::factor"][::core::mem::offset_of!(ColumnProducts, factor) - 24usize];
+    ["Offset of field: ColumnProducts::m"][::core::mem::offset_of!(ColumnProducts, m) - 32usize];
+    ["Offset of field: ColumnProducts::n"][::core::mem::offset_of!(ColumnProducts, n) - 36usize];
+    ["Offset of field: ColumnProducts::rows_per_part"]
+        [::core::mem::offset_of!(ColumnProducts, rows_per_part) - 40usize];
+    ["Offset of field: ColumnProducts::reserved"]
+        [::core::mem::offset_of!(ColumnProducts, reserved) - 44usize];
+};
 #[doc = " `first [N] += sum over parts of partials [parts, outputs, N]`, and `second [N]` likewise; parts in order. `outputs` is\n the grid's height; `second` is not touched when it is 1."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -297,7 +354,90 @@ const _: () = {
     ["Offset of field: AddPartials::n"][::core::mem::offset_of!(AddPartials, n) - 24usize];
     ["Offset of field: AddPartials::parts"][::core::mem::offset_of!(AddPartials, parts) - 28usize];
 };
-#[doc = " `y [R, N] = x [rows, N]` for `R` row numbers into `x [M, N]`, also an embedding of token ids. A number outside of `x`\n makes its row NaN."]
+#[doc = " `squares [N] = sum over k of w [N, K]^2`, a block for each row."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RowSquares {
+    pub squares: *mut f32,
+    pub w: *const core::ffi::c_void,
+    pub n: u32,
+    pub k: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RowSquares"][::core::mem::size_of::<RowSquares>() - 24usize];
+    ["Alignment of RowSquares"][::core::mem::align_of::<RowSquares>() - 8usize];
+    ["Offset of field: RowSquares::squares"][::core::mem::offset_of!(RowSquares, squares) - 0usize];
+    ["Offset of field: RowSquares::w"][::core::mem::offset_of!(RowSquares, w) - 8usize];
+    ["Offset of field: RowSquares::n"][::core::mem::offset_of!(RowSquares, n) - 16usize];
+    ["Offset of field: RowSquares::k"][::core::mem::offset_of!(RowSquares, k) - 20usize];
+};
+#[doc = " `norm_i^2 = squares_i + sum over j of b_ij (2 s p_ji + s^2 q_ij)`; `gain [N] = magnitude / norm`, `inverse [N] = 1 /\n norm`. `b` and `q` are `[N, r]`, `p` is `[r, N]`."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct DoraGain {
+    pub gain: *mut f32,
+    pub inverse: *mut f32,
+    pub magnitude: *const f32,
+    pub squares: *const f32,
+    pub b: *const f32,
+    pub p: *const f32,
+    pub q: *const f32,
+    pub n: u32,
+    pub r: u32,
+    pub s: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DoraGain"][::core::mem::size_of::<DoraGain>() - 72usize];
+    ["Alignment of DoraGain"][::core::mem::align_of::<DoraGain>() - 8usize];
+    ["Offset of field: DoraGain::gain"][::core::mem::offset_of!(DoraGain, gain) - 0usize];
+    ["Offset of field: DoraGain::inverse"][::core::mem::offset_of!(DoraGain, inverse) - 8usize];
+    ["Offset of field: DoraGain::magnitude"][::core::mem::offset_of!(DoraGain, magnitude) - 16usize];
+    ["Offset of field: DoraGain::squares"][::core::mem::offset_of!(DoraGain, squares) - 24usize];
+    ["Offset of field: DoraGain::b"][::core::mem::offset_of!(DoraGain, b) - 32usize];
+    ["Offset of field: DoraGain::p"][::core::mem::offset_of!(DoraGain, p) - 40usize];
+    ["Offset of field: DoraGain::q"][::core::mem::offset_of!(DoraGain, q) - 48usize];
+    ["Offset of field: DoraGain::n"][::core::mem::offset_of!(DoraGain, n) - 56usize];
+    ["Offset of field: DoraGain::r"][::core::mem::offset_of!(DoraGain, r) - 60usize];
+    ["Offset of field: DoraGain::s"][::core::mem::offset_of!(DoraGain, s) - 64usize];
+    ["Offset of field: DoraGain::reserved"][::core::mem::offset_of!(DoraGain, reserved) - 68usize];
+};
+#[doc = " `y [M, N] = (gain [N] + shift) x + bias [N] + alpha * residual [M, N]`, or `y += ...` when `accumulate` is 1; bias and\n residual may be null."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ScaleColumns {
+    pub y: *mut core::ffi::c_void,
+    pub x: *const core::ffi::c_void,
+    pub gain: *const f32,
+    pub bias: *const f32,
+    pub residual: *const core::ffi::c_void,
+    pub m: u32,
+    pub n: u32,
+    pub shift: f32,
+    pub alpha: f32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ScaleColumns"][::core::mem::size_of::<ScaleColumns>() - 64usize];
+    ["Alignment of ScaleColumns"][::core::mem::align_of::<ScaleColumns>() - 8usize];
+    ["Offset of field: ScaleColumns::y"][::core::mem::offset_of!(ScaleColumns, y) - 0usize];
+    ["Offset of field: ScaleColumns::x"][::core::mem::offset_of!(ScaleColumns, x) - 8usize];
+    ["Offset of field: ScaleColumns::gain"][::core::mem::offset_of!(ScaleColumns, gain) - 16usize];
+    ["Offset of field: ScaleColumns::bias"][::core::mem::offset_of!(ScaleColumns, bias) - 24usize];
+    ["Offset of field: ScaleColumns::residual"][::core::mem::offset_of!(ScaleColumns, residual) - 32usize];
+    ["Offset of field: ScaleColumns::m"][::core::mem::offset_of!(ScaleColumns, m) - 40usize];
+    ["Offset of field: ScaleColumns::n"][::core::mem::offset_of!(ScaleColumns, n) - 44usize];
+    ["Offset of field: ScaleColumns::shift"][::core::mem::offset_of!(ScaleColumns, shift) - 48usize];
+    ["Offset of field: ScaleColumns::alpha"][::core::mem::offset_of!(ScaleColumns, alpha) - 52usize];
+    ["Offset of field: ScaleColumns::accumulate"]
+        [::core::mem::offset_of!(ScaleColumns, accumulate) - 56usize];
+    ["Offset of field: ScaleColumns::reserved"][::core::mem::offset_of!(ScaleColumns, reserved) - 60usize];
+};
+#[doc = " `y [R, N] = x [rows, N]` for `R` row numbers into `x [M, N]`, also an embedding of token ids. A number outside of `x`\n makes its row NaN. `x` is of y's type, or F32 and rounded: `gather_rounded_*`."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct GatherRows {
@@ -370,7 +510,7 @@ const _: () = {
     ["Offset of field: EmbeddingBackward::reserved"]
         [::core::mem::offset_of!(EmbeddingBackward, reserved) - 36usize];
 };
-#[doc = " A piece of one parameter: at most `GLM_CHUNK` elements of the value, its gradient and its moments. `decay` is\n `1 - lr weight_decay`, or 1."]
+#[doc = " A piece of one parameter: at most `GLM_CHUNK` elements of the value, its gradient and its moments. `decay` is\n `1 - lr weight_decay`, or 1; `step_size` is `lr / (1 - beta1^t)`."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct AdamwChunk {
@@ -380,10 +520,12 @@ pub struct AdamwChunk {
     pub v: *mut f32,
     pub n: u32,
     pub decay: f32,
+    pub step_size: f32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AdamwChunk"][::core::mem::size_of::<AdamwChunk>() - 40usize];
+    ["Size of AdamwChunk"][::core::mem::size_of::<AdamwChunk>() - 48usize];
     ["Alignment of AdamwChunk"][::core::mem::align_of::<AdamwChunk>() - 8usize];
     ["Offset of field: AdamwChunk::p"][::core::mem::offset_of!(AdamwChunk, p) - 0usize];
     ["Offset of field: AdamwChunk::g"][::core::mem::offset_of!(AdamwChunk, g) - 8usize];
@@ -391,8 +533,10 @@ const _: () = {
     ["Offset of field: AdamwChunk::v"][::core::mem::offset_of!(AdamwChunk, v) - 24usize];
     ["Offset of field: AdamwChunk::n"][::core::mem::offset_of!(AdamwChunk, n) - 32usize];
     ["Offset of field: AdamwChunk::decay"][::core::mem::offset_of!(AdamwChunk, decay) - 36usize];
+    ["Offset of field: AdamwChunk::step_size"][::core::mem::offset_of!(AdamwChunk, step_size) - 40usize];
+    ["Offset of field: AdamwChunk::reserved"][::core::mem::offset_of!(AdamwChunk, reserved) - 44usize];
 };
-#[doc = " The scalars of an AdamW step, as in src/cpu/optim.rs; the decay is each chunk's own."]
+#[doc = " The scalars of an AdamW step that all parameters share, as in src/cpu/optim.rs."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct AdamwFactors {
@@ -400,14 +544,12 @@ pub struct AdamwFactors {
     pub one_minus_beta1: f32,
     pub beta2: f32,
     pub one_minus_beta2: f32,
-    pub step_size: f32,
     pub sqrt_correction2: f32,
     pub epsilon: f32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AdamwFactors"][::core::mem::size_of::<AdamwFactors>() - 32usize];
+    ["Size of AdamwFactors"][::core::mem::size_of::<AdamwFactors>() - 24usize];
     ["Alignment of AdamwFactors"][::core::mem::align_of::<AdamwFactors>() - 4usize];
     ["Offset of field: AdamwFactors::clip"][::core::mem::offset_of!(AdamwFactors, clip) - 0usize];
     ["Offset of field: AdamwFactors::one_minus_beta1"]
@@ -415,11 +557,9 @@ const _: () = {
     ["Offset of field: AdamwFactors::beta2"][::core::mem::offset_of!(AdamwFactors, beta2) - 8usize];
     ["Offset of field: AdamwFactors::one_minus_beta2"]
         [::core::mem::offset_of!(AdamwFactors, one_minus_beta2) - 12usize];
-    ["Offset of field: AdamwFactors::step_size"][::core::mem::offset_of!(AdamwFactors, step_size) - 16usize];
     ["Offset of field: AdamwFactors::sqrt_correction2"]
-        [::core::mem::offset_of!(AdamwFactors, sqrt_correction2) - 20usize];
-    ["Offset of field: AdamwFactors::epsilon"][::core::mem::offset_of!(AdamwFactors, epsilon) - 24usize];
-    ["Offset of field: AdamwFactors::reserved"][::core::mem::offset_of!(AdamwFactors, reserved) - 28usize];
+        [::core::mem::offset_of!(AdamwFactors, sqrt_correction2) - 16usize];
+    ["Offset of field: AdamwFactors::epsilon"][::core::mem::offset_of!(AdamwFactors, epsilon) - 20usize];
 };
 #[doc = " One AdamW step over all chunks, one block each:\n `g = clip g; m += (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g g;\n p = decay p - step_size m / (sqrt(v) / sqrt_correction2 + epsilon)`."]
 #[repr(C)]
@@ -430,10 +570,88 @@ pub struct Adamw {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of Adamw"][::core::mem::size_of::<Adamw>() - 40usize];
+    ["Size of Adamw"][::core::mem::size_of::<Adamw>() - 32usize];
     ["Alignment of Adamw"][::core::mem::align_of::<Adamw>() - 8usize];
     ["Offset of field: Adamw::chunks"][::core::mem::offset_of!(Adamw, chunks) - 0usize];
     ["Offset of field: Adamw::factors"][::core::mem::offset_of!(Adamw, factors) - 8usize];
+};
+#[doc = " A piece of one parameter of an optimizer with one moment: at most `GLM_CHUNK` elements. `m` may be null in `Sgd`."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct MomentumChunk {
+    pub p: *mut f32,
+    pub g: *const f32,
+    pub m: *mut f32,
+    pub n: u32,
+    pub rate: f32,
+    pub decay: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MomentumChunk"][::core::mem::size_of::<MomentumChunk>() - 40usize];
+    ["Alignment of MomentumChunk"][::core::mem::align_of::<MomentumChunk>() - 8usize];
+    ["Offset of field: MomentumChunk::p"][::core::mem::offset_of!(MomentumChunk, p) - 0usize];
+    ["Offset of field: MomentumChunk::g"][::core::mem::offset_of!(MomentumChunk, g) - 8usize];
+    ["Offset of field: MomentumChunk::m"][::core::mem::offset_of!(MomentumChunk, m) - 16usize];
+    ["Offset of field: MomentumChunk::n"][::core::mem::offset_of!(MomentumChunk, n) - 24usize];
+    ["Offset of field: MomentumChunk::rate"][::core::mem::offset_of!(MomentumChunk, rate) - 28usize];
+    ["Offset of field: MomentumChunk::decay"][::core::mem::offset_of!(MomentumChunk, decay) - 32usize];
+    ["Offset of field: MomentumChunk::reserved"][::core::mem::offset_of!(MomentumChunk, reserved) - 36usize];
+};
+#[doc = " One step of stochastic gradient descent over all chunks, one block each; `decay` is the weight decay:\n `g = clip g + decay p; m = momentum m + g; p -= rate m`, or `p -= rate g` in a chunk without m."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Sgd {
+    pub chunks: *const MomentumChunk,
+    pub clip: f32,
+    pub momentum: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Sgd"][::core::mem::size_of::<Sgd>() - 16usize];
+    ["Alignment of Sgd"][::core::mem::align_of::<Sgd>() - 8usize];
+    ["Offset of field: Sgd::chunks"][::core::mem::offset_of!(Sgd, chunks) - 0usize];
+    ["Offset of field: Sgd::clip"][::core::mem::offset_of!(Sgd, clip) - 8usize];
+    ["Offset of field: Sgd::momentum"][::core::mem::offset_of!(Sgd, momentum) - 12usize];
+};
+#[doc = " The scalars of a Lion step that all parameters share, as in src/cpu/optim.rs."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct LionFactors {
+    pub clip: f32,
+    pub beta1: f32,
+    pub one_minus_beta1: f32,
+    pub beta2: f32,
+    pub one_minus_beta2: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LionFactors"][::core::mem::size_of::<LionFactors>() - 24usize];
+    ["Alignment of LionFactors"][::core::mem::align_of::<LionFactors>() - 4usize];
+    ["Offset of field: LionFactors::clip"][::core::mem::offset_of!(LionFactors, clip) - 0usize];
+    ["Offset of field: LionFactors::beta1"][::core::mem::offset_of!(LionFactors, beta1) - 4usize];
+    ["Offset of field: LionFactors::one_minus_beta1"]
+        [::core::mem::offset_of!(LionFactors, one_minus_beta1) - 8usize];
+    ["Offset of field: LionFactors::beta2"][::core::mem::offset_of!(LionFactors, beta2) - 12usize];
+    ["Offset of field: LionFactors::one_minus_beta2"]
+        [::core::mem::offset_of!(LionFactors, one_minus_beta2) - 16usize];
+    ["Offset of field: LionFactors::reserved"][::core::mem::offset_of!(LionFactors, reserved) - 20usize];
+};
+#[doc = " One Lion step over all chunks, one block each; `decay` is `1 - rate weight_decay`, or 1:\n `g = clip g; p = decay p - rate sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g`."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Lion {
+    pub chunks: *const MomentumChunk,
+    pub factors: LionFactors,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Lion"][::core::mem::size_of::<Lion>() - 32usize];
+    ["Alignment of Lion"][::core::mem::align_of::<Lion>() - 8usize];
+    ["Offset of field: Lion::chunks"][::core::mem::offset_of!(Lion, chunks) - 0usize];
+    ["Offset of field: Lion::factors"][::core::mem::offset_of!(Lion, factors) - 8usize];
 };
 #[doc = " A piece of one tensor: at most `GLM_CHUNK` elements."]
 #[repr(C)]
@@ -464,22 +682,6 @@ const _: () = {
     ["Alignment of SumOfSquares"][::core::mem::align_of::<SumOfSquares>() - 8usize];
     ["Offset of field: SumOfSquares::partials"][::core::mem::offset_of!(SumOfSquares, partials) - 0usize];
     ["Offset of field: SumOfSquares::chunks"][::core::mem::offset_of!(SumOfSquares, chunks) - 8usize];
-};
-#[doc = " `sum = sum of partials [n]`, by one block, in an order that depends on `n` only."]
-#[repr(C)]
-#[derive(Debug, Copy, Clone)]
-pub struct SumPartials {
-    pub sum: *mut f64,
-    pub partials: *const f64,
-    pub n: u64,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of SumPartials"][::core::mem::size_of::<SumPartials>() - 24usize];
-    ["Alignment of SumPartials"][::core::mem::align_of::<SumPartials>() - 8usize];
-    ["Offset of field: SumPartials::sum"][::core::mem::offset_of!(SumPartials, sum) - 0usize];
-    ["Offset of field: SumPartials::partials"][::core::mem::offset_of!(SumPartials, partials) - 8usize];
-    ["Offset of field: SumPartials::n"][::core::mem::offset_of!(SumPartials, n) - 16usize];
 };
 #[doc = " `x = 0` in each chunk, one block each."]
 #[repr(C)]
@@ -522,6 +724,74 @@ const _: () = {
     ["Offset of field: CountNonFinite::found"][::core::mem::offset_of!(CountNonFinite, found) - 0usize];
     ["Offset of field: CountNonFinite::x"][::core::mem::offset_of!(CountNonFinite, x) - 8usize];
     ["Offset of field: CountNonFinite::n"][::core::mem::offset_of!(CountNonFinite, n) - 16usize];
+};
+#[doc = " What the 256 codes of the two moments mean, ascending, and the midpoints between neighbours; element 255 of those is\n not read."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Maps8bit {
+    pub m: [f32; 256usize],
+    pub m_midpoints: [f32; 256usize],
+    pub v: [f32; 256usize],
+    pub v_midpoints: [f32; 256usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Maps8bit"][::core::mem::size_of::<Maps8bit>() - 4096usize];
+    ["Alignment of Maps8bit"][::core::mem::align_of::<Maps8bit>() - 4usize];
+    ["Offset of field: Maps8bit::m"][::core::mem::offset_of!(Maps8bit, m) - 0usize];
+    ["Offset of field: Maps8bit::m_midpoints"][::core::mem::offset_of!(Maps8bit, m_midpoints) - 1024usize];
+    ["Offset of field: Maps8bit::v"][::core::mem::offset_of!(Maps8bit, v) - 2048usize];
+    ["Offset of field: Maps8bit::v_midpoints"][::core::mem::offset_of!(Maps8bit, v_midpoints) - 3072usize];
+};
+#[doc = " A piece of one parameter as `AdamwChunk`, whose moments are `map[codes] absmax`: `m` and `v [n]` are codes, `m_absmax`\n and `v_absmax [ceil(n / GLM_BLOCK_8BIT)]` the largest magnitude of each block."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Adamw8bitChunk {
+    pub p: *mut f32,
+    pub g: *const f32,
+    pub m: *mut u8,
+    pub v: *mut u8,
+    pub m_absmax: *mut f32,
+    pub v_absmax: *mut f32,
+    pub n: u32,
+    pub decay: f32,
+    pub step_size: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Adamw8bitChunk"][::core::mem::size_of::<Adamw8bitChunk>() - 64usize];
+    ["Alignment of Adamw8bitChunk"][::core::mem::align_of::<Adamw8bitChunk>() - 8usize];
+    ["Offset of field: Adamw8bitChunk::p"][::core::mem::offset_of!(Adamw8bitChunk, p) - 0usize];
+    ["Offset of field: Adamw8bitChunk::g"][::core::mem::offset_of!(Adamw8bitChunk, g) - 8usize];
+    ["Offset of field: Adamw8bitChunk::m"][::core::mem::offset_of!(Adamw8bitChunk, m) - 16usize];
+    ["Offset of field: Adamw8bitChunk::v"][::core::mem::offset_of!(Adamw8bitChunk, v) - 24usize];
+    ["Offset of field: Adamw8bitChunk::m_absmax"]
+        [::core::mem::offset_of!(Adamw8bitChunk, m_absmax) - 32usize];
+    ["Offset of field: Adamw8bitChunk::v_absmax"]
+        [::core::mem::offset_of!(Adamw8bitChunk, v_absmax) - 40usize];
+    ["Offset of field: Adamw8bitChunk::n"][::core::mem::offset_of!(Adamw8bitChunk, n) - 48usize];
+    ["Offset of field: Adamw8bitChunk::decay"][::core::mem::offset_of!(Adamw8bitChunk, decay) - 52usize];
+    ["Offset of field: Adamw8bitChunk::step_size"]
+        [::core::mem::offset_of!(Adamw8bitChunk, step_size) - 56usize];
+    ["Offset of field: Adamw8bitChunk::reserved"]
+        [::core::mem::offset_of!(Adamw8bitChunk, reserved) - 60usize];
+};
+#[doc = " The step of `Adamw` over all chunks, one block each, on moments that are dequantised before and quantised after it."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Adamw8bit {
+    pub chunks: *const Adamw8bitChunk,
+    pub maps: *const Maps8bit,
+    pub factors: AdamwFactors,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Adamw8bit"][::core::mem::size_of::<Adamw8bit>() - 40usize];
+    ["Alignment of Adamw8bit"][::core::mem::align_of::<Adamw8bit>() - 8usize];
+    ["Offset of field: Adamw8bit::chunks"][::core::mem::offset_of!(Adamw8bit, chunks) - 0usize];
+    ["Offset of field: Adamw8bit::maps"][::core::mem::offset_of!(Adamw8bit, maps) - 8usize];
+    ["Offset of field: Adamw8bit::factors"][::core::mem::offset_of!(Adamw8bit, factors) - 16usize];
 };
 #[doc = " `c [M, N] = alpha * op(a) op(b) + beta * c + bias [N] + gamma * residual [M, N]`, summed in float32.\n\n `gemm_<layout>_<types>`: layout nt takes a [M, K] and b [N, K], nn a [M, K] and b [K, N], tn a [K, M] and\n b [K, N]; types are those of a, b and c, t the kernel's and f float32, rounded to the kernel's type before\n it is multiplied. `gemm_<layout>_f32` computes in float32. c is not read when beta is 0; `bias` and\n `residual`, of c's type, may be null.\n\n With `splits` above 1 K is cut into as many parts and a kernel only writes the sums of its part, to\n `partial [splits, M, N]`; `gemm_sum` of c's type then makes c of them."]
 #[repr(C)]
@@ -904,7 +1174,7 @@ const _: () = {
     ["Offset of field: Nf4Few::alpha"][::core::mem::offset_of!(Nf4Few, alpha) - 184usize];
     ["Offset of field: Nf4Few::lora_scale"][::core::mem::offset_of!(Nf4Few, lora_scale) - 188usize];
 };
-#[doc = " `context = softmax(mask(q kᵀ / sqrt(d))) v`, and `log_sum_exp = ln Σ exp` of every query.\n\n `context [B Q, heads d]`, `log_sum_exp [B, heads, Q]` (0 for a query with uniform weights), `qkv [B Q, heads 3 d]`\n (rotated q, k, v of head 0, then of head 1, ...). Key j of head h of sequence b stands at\n `keys + b key_batch_stride + j key_row_stride + h key_head_stride`, its value at the same place of `values`: beside\n the queries in `qkv`, or in a cache. Query i stands at position `key_count - queries + i`. `spans [B, 2]`: start and\n context of each sequence; key j is visible to the query at position i when both are at least start and\n `j < context || j <= i`. `prefix_keys`, `prefix_values [heads, prefix, d]` are visible to every query. A query before\n start sees the prefix only, and without a prefix all keys with equal weights. `scale` is `log2 e / sqrt(d)`:\n the softmax is made of powers of two. Strides count elements."]
+#[doc = " `context = softmax(mask(q kᵀ / sqrt(d))) v`, and `log_sum_exp = ln Σ exp` of every query.\n\n `context [B Q, heads d]`, `log_sum_exp [B, heads, Q]` (0 for a query with uniform weights), `qkv [B Q, heads 3 d]`\n (rotated q, k, v of head 0, then of head 1, ...). Key j of head h of sequence b stands at\n `keys + b key_batch_stride + j key_row_stride + h key_head_stride`, its value at the same place of `values`: beside\n the queries in `qkv`, or in a cache. Query i stands at position `key_count - queries + i`. `spans [B, 2]`: start and\n context of each sequence; key j is visible to the query at position i when both are at least start and\n `j < context || j <= i`. `prefix_keys`, `prefix_values [heads, prefix, d]` are visible to every query; those of sequence b\n begin at `b prefix_batch_stride`, which is 0 when all share them. A query before\n start sees the prefix only, and without a prefix all keys with equal weights. `scale` is `log2 e / sqrt(d)`:\n the softmax is made of powers of two. Strides count elements."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct AttentionForward {
@@ -917,6 +1187,7 @@ pub struct AttentionForward {
     pub prefix_values: *const core::ffi::c_void,
     pub spans: *const i32,
     pub key_batch_stride: u64,
+    pub prefix_batch_stride: u64,
     pub key_row_stride: u32,
     pub key_head_stride: u32,
     pub queries: u32,
@@ -928,7 +1199,7 @@ pub struct AttentionForward {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AttentionForward"][::core::mem::size_of::<AttentionForward>() - 104usize];
+    ["Size of AttentionForward"][::core::mem::size_of::<AttentionForward>() - 112usize];
     ["Alignment of AttentionForward"][::core::mem::align_of::<AttentionForward>() - 8usize];
     ["Offset of field: AttentionForward::context"]
         [::core::mem::offset_of!(AttentionForward, context) - 0usize];
@@ -945,20 +1216,22 @@ const _: () = {
     ["Offset of field: AttentionForward::spans"][::core::mem::offset_of!(AttentionForward, spans) - 56usize];
     ["Offset of field: AttentionForward::key_batch_stride"]
         [::core::mem::offset_of!(AttentionForward, key_batch_stride) - 64usize];
+    ["Offset of field: AttentionForward::prefix_batch_stride"]
+        [::core::mem::offset_of!(AttentionForward, prefix_batch_stride) - 72usize];
     ["Offset of field: AttentionForward::key_row_stride"]
-        [::core::mem::offset_of!(AttentionForward, key_row_stride) - 72usize];
+        [::core::mem::offset_of!(AttentionForward, key_row_stride) - 80usize];
     ["Offset of field: AttentionForward::key_head_stride"]
-        [::core::mem::offset_of!(AttentionForward, key_head_stride) - 76usize];
+        [::core::mem::offset_of!(AttentionForward, key_head_stride) - 84usize];
     ["Offset of field: AttentionForward::queries"]
-        [::core::mem::offset_of!(AttentionForward, queries) - 80usize];
+        [::core::mem::offset_of!(AttentionForward, queries) - 88usize];
     ["Offset of field: AttentionForward::key_count"]
-        [::core::mem::offset_of!(AttentionForward, key_count) - 84usize];
-    ["Offset of field: AttentionForward::heads"][::core::mem::offset_of!(AttentionForward, heads) - 88usize];
+        [::core::mem::offset_of!(AttentionForward, key_count) - 92usize];
+    ["Offset of field: AttentionForward::heads"][::core::mem::offset_of!(AttentionForward, heads) - 96usize];
     ["Offset of field: AttentionForward::head_dim"]
-        [::core::mem::offset_of!(AttentionForward, head_dim) - 92usize];
+        [::core::mem::offset_of!(AttentionForward, head_dim) - 100usize];
     ["Offset of field: AttentionForward::prefix"]
-        [::core::mem::offset_of!(AttentionForward, prefix) - 96usize];
-    ["Offset of field: AttentionForward::scale"][::core::mem::offset_of!(AttentionForward, scale) - 100usize];
+        [::core::mem::offset_of!(AttentionForward, prefix) - 104usize];
+    ["Offset of field: AttentionForward::scale"][::core::mem::offset_of!(AttentionForward, scale) - 108usize];
 };
 #[doc = " `delta[b, h, i] = Σ_c d_context[b, i, h, c] context[b, i, h, c]`.\n\n `delta [B, heads, S]`, `d_context` and `context [B S, heads d]`; `rows` is B S."]
 #[repr(C)]
@@ -986,7 +1259,7 @@ const _: () = {
     ["Offset of field: AttentionDelta::head_dim"]
         [::core::mem::offset_of!(AttentionDelta, head_dim) - 36usize];
 };
-#[doc = " The gradient of `AttentionForward` over keys of the same rows: three kernels, each of which writes its own part.\n\n `dqkv [B S, heads 3 d]`: written, still rotated; q by one kernel, k and v by another. `d_prefix_keys` and\n `d_prefix_values [heads, prefix, d]`: added to by the third. `d_context [B S, heads d]`, `qkv [B S, heads 3 d]`,\n `log_sum_exp` and `delta [B, heads, S]`; the rest as in `AttentionForward`; `size` is B."]
+#[doc = " The gradient of `AttentionForward` over keys of the same rows: three kernels, each of which writes its own part.\n\n `dqkv [B S, heads 3 d]`: written, still rotated; q by one kernel, k and v by another. `d_prefix_keys` and\n `d_prefix_values [heads, prefix, d]`, of each sequence or of all: added to by the third. `d_context [B S, heads d]`, `qkv [B S, heads 3 d]`,\n `log_sum_exp` and `delta [B, heads, S]`; the rest as in `AttentionForward`; `size` is B."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct AttentionBackward {
@@ -1000,6 +1273,7 @@ pub struct AttentionBackward {
     pub prefix_keys: *const core::ffi::c_void,
     pub prefix_values: *const core::ffi::c_void,
     pub spans: *const i32,
+    pub prefix_batch_stride: u64,
     pub size: u32,
     pub queries: u32,
     pub heads: u32,
@@ -1009,7 +1283,7 @@ pub struct AttentionBackward {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AttentionBackward"][::core::mem::size_of::<AttentionBackward>() - 104usize];
+    ["Size of AttentionBackward"][::core::mem::size_of::<AttentionBackward>() - 112usize];
     ["Alignment of AttentionBackward"][::core::mem::align_of::<AttentionBackward>() - 8usize];
     ["Offset of field: AttentionBackward::dqkv"][::core::mem::offset_of!(AttentionBackward, dqkv) - 0usize];
     ["Offset of field: AttentionBackward::d_prefix_keys"]
@@ -1029,17 +1303,19 @@ const _: () = {
         [::core::mem::offset_of!(AttentionBackward, prefix_values) - 64usize];
     ["Offset of field: AttentionBackward::spans"]
         [::core::mem::offset_of!(AttentionBackward, spans) - 72usize];
-    ["Offset of field: AttentionBackward::size"][::core::mem::offset_of!(AttentionBackward, size) - 80usize];
+    ["Offset of field: AttentionBackward::prefix_batch_stride"]
+        [::core::mem::offset_of!(AttentionBackward, prefix_batch_stride) - 80usize];
+    ["Offset of field: AttentionBackward::size"][::core::mem::offset_of!(AttentionBackward, size) - 88usize];
     ["Offset of field: AttentionBackward::queries"]
-        [::core::mem::offset_of!(AttentionBackward, queries) - 84usize];
+        [::core::mem::offset_of!(AttentionBackward, queries) - 92usize];
     ["Offset of field: AttentionBackward::heads"]
-        [::core::mem::offset_of!(AttentionBackward, heads) - 88usize];
+        [::core::mem::offset_of!(AttentionBackward, heads) - 96usize];
     ["Offset of field: AttentionBackward::head_dim"]
-        [::core::mem::offset_of!(AttentionBackward, head_dim) - 92usize];
+        [::core::mem::offset_of!(AttentionBackward, head_dim) - 100usize];
     ["Offset of field: AttentionBackward::prefix"]
-        [::core::mem::offset_of!(AttentionBackward, prefix) - 96usize];
+        [::core::mem::offset_of!(AttentionBackward, prefix) - 104usize];
     ["Offset of field: AttentionBackward::scale"]
-        [::core::mem::offset_of!(AttentionBackward, scale) - 100usize];
+        [::core::mem::offset_of!(AttentionBackward, scale) - 108usize];
 };
 #[doc = " Copies k and v of `qkv [B Q, heads 3 d]` behind the `past` positions of a cache `[B, capacity, heads d]`."]
 #[repr(C)]
@@ -1082,6 +1358,7 @@ pub struct AttentionDecode {
     pub prefix_keys: *const core::ffi::c_void,
     pub prefix_values: *const core::ffi::c_void,
     pub spans: *const i32,
+    pub prefix_batch_stride: u64,
     pub key_count: u32,
     pub capacity: u32,
     pub heads: u32,
@@ -1091,7 +1368,7 @@ pub struct AttentionDecode {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AttentionDecode"][::core::mem::size_of::<AttentionDecode>() - 96usize];
+    ["Size of AttentionDecode"][::core::mem::size_of::<AttentionDecode>() - 104usize];
     ["Alignment of AttentionDecode"][::core::mem::align_of::<AttentionDecode>() - 8usize];
     ["Offset of field: AttentionDecode::partial"][::core::mem::offset_of!(AttentionDecode, partial) - 0usize];
     ["Offset of field: AttentionDecode::context"][::core::mem::offset_of!(AttentionDecode, context) - 8usize];
@@ -1105,15 +1382,17 @@ const _: () = {
     ["Offset of field: AttentionDecode::prefix_values"]
         [::core::mem::offset_of!(AttentionDecode, prefix_values) - 56usize];
     ["Offset of field: AttentionDecode::spans"][::core::mem::offset_of!(AttentionDecode, spans) - 64usize];
+    ["Offset of field: AttentionDecode::prefix_batch_stride"]
+        [::core::mem::offset_of!(AttentionDecode, prefix_batch_stride) - 72usize];
     ["Offset of field: AttentionDecode::key_count"]
-        [::core::mem::offset_of!(AttentionDecode, key_count) - 72usize];
+        [::core::mem::offset_of!(AttentionDecode, key_count) - 80usize];
     ["Offset of field: AttentionDecode::capacity"]
-        [::core::mem::offset_of!(AttentionDecode, capacity) - 76usize];
-    ["Offset of field: AttentionDecode::heads"][::core::mem::offset_of!(AttentionDecode, heads) - 80usize];
+        [::core::mem::offset_of!(AttentionDecode, capacity) - 84usize];
+    ["Offset of field: AttentionDecode::heads"][::core::mem::offset_of!(AttentionDecode, heads) - 88usize];
     ["Offset of field: AttentionDecode::head_dim"]
-        [::core::mem::offset_of!(AttentionDecode, head_dim) - 84usize];
-    ["Offset of field: AttentionDecode::prefix"][::core::mem::offset_of!(AttentionDecode, prefix) - 88usize];
-    ["Offset of field: AttentionDecode::scale"][::core::mem::offset_of!(AttentionDecode, scale) - 92usize];
+        [::core::mem::offset_of!(AttentionDecode, head_dim) - 92usize];
+    ["Offset of field: AttentionDecode::prefix"][::core::mem::offset_of!(AttentionDecode, prefix) - 96usize];
+    ["Offset of field: AttentionDecode::scale"][::core::mem::offset_of!(AttentionDecode, scale) - 100usize];
 };
 #[doc = " Joins the chunks of `AttentionDecode`: `context [B, heads d]`, `log_sum_exp [B, heads]`."]
 #[repr(C)]
@@ -1152,6 +1431,116 @@ const _: () = {
         [::core::mem::offset_of!(AttentionCombine, prefix) - 48usize];
     ["Offset of field: AttentionCombine::reserved"]
         [::core::mem::offset_of!(AttentionCombine, reserved) - 52usize];
+};
+#[doc = " Keys or values of one layer out of a prefix's table: `y [B, heads, P, d] = table [P, columns]`, of which row p holds\n those of position p from column `first` on, head after head; then dropout.\n\n Element `i` of `[B, P, columns]` is kept when the stream's uniform `i` is at least `p`, and times `scale = 1 / (1 - p)`\n then. B is `size`, P is `length`."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct PrefixHeads {
+    pub y: *mut core::ffi::c_void,
+    pub table: *const f32,
+    pub seed: u64,
+    pub stream: u64,
+    pub size: u32,
+    pub length: u32,
+    pub heads: u32,
+    pub head_dim: u32,
+    pub columns: u32,
+    pub first: u32,
+    pub p: f32,
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PrefixHeads"][::core::mem::size_of::<PrefixHeads>() - 64usize];
+    ["Alignment of PrefixHeads"][::core::mem::align_of::<PrefixHeads>() - 8usize];
+    ["Offset of field: PrefixHeads::y"][::core::mem::offset_of!(PrefixHeads, y) - 0usize];
+    ["Offset of field: PrefixHeads::table"][::core::mem::offset_of!(PrefixHeads, table) - 8usize];
+    ["Offset of field: PrefixHeads::seed"][::core::mem::offset_of!(PrefixHeads, seed) - 16usize];
+    ["Offset of field: PrefixHeads::stream"][::core::mem::offset_of!(PrefixHeads, stream) - 24usize];
+    ["Offset of field: PrefixHeads::size"][::core::mem::offset_of!(PrefixHeads, size) - 32usize];
+    ["Offset of field: PrefixHeads::length"][::core::mem::offset_of!(PrefixHeads, length) - 36usize];
+    ["Offset of field: PrefixHeads::heads"][::core::mem::offset_of!(PrefixHeads, heads) - 40usize];
+    ["Offset of field: PrefixHeads::head_dim"][::core::mem::offset_of!(PrefixHeads, head_dim) - 44usize];
+    ["Offset of field: PrefixHeads::columns"][::core::mem::offset_of!(PrefixHeads, columns) - 48usize];
+    ["Offset of field: PrefixHeads::first"][::core::mem::offset_of!(PrefixHeads, first) - 52usize];
+    ["Offset of field: PrefixHeads::p"][::core::mem::offset_of!(PrefixHeads, p) - 56usize];
+    ["Offset of field: PrefixHeads::scale"][::core::mem::offset_of!(PrefixHeads, scale) - 60usize];
+};
+#[doc = " The gradient of `PrefixHeads`: `d_table [P, columns]` is added `Σ_b` of `dy [B, heads, P, d]` behind the same dropout."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct PrefixHeadsBackward {
+    pub d_table: *mut f32,
+    pub dy: *const f32,
+    pub seed: u64,
+    pub stream: u64,
+    pub size: u32,
+    pub length: u32,
+    pub heads: u32,
+    pub head_dim: u32,
+    pub columns: u32,
+    pub first: u32,
+    pub p: f32,
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PrefixHeadsBackward"][::core::mem::size_of::<PrefixHeadsBackward>() - 64usize];
+    ["Alignment of PrefixHeadsBackward"][::core::mem::align_of::<PrefixHeadsBackward>() - 8usize];
+    ["Offset of field: PrefixHeadsBackward::d_table"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, d_table) - 0usize];
+    ["Offset of field: PrefixHeadsBackward::dy"][::core::mem::offset_of!(PrefixHeadsBackward, dy) - 8usize];
+    ["Offset of field: PrefixHeadsBackward::seed"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, seed) - 16usize];
+    ["Offset of field: PrefixHeadsBackward::stream"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, stream) - 24usize];
+    ["Offset of field: PrefixHeadsBackward::size"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, size) - 32usize];
+    ["Offset of field: PrefixHeadsBackward::length"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, length) - 36usize];
+    ["Offset of field: PrefixHeadsBackward::heads"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, heads) - 40usize];
+    ["Offset of field: PrefixHeadsBackward::head_dim"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, head_dim) - 44usize];
+    ["Offset of field: PrefixHeadsBackward::columns"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, columns) - 48usize];
+    ["Offset of field: PrefixHeadsBackward::first"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, first) - 52usize];
+    ["Offset of field: PrefixHeadsBackward::p"][::core::mem::offset_of!(PrefixHeadsBackward, p) - 56usize];
+    ["Offset of field: PrefixHeadsBackward::scale"]
+        [::core::mem::offset_of!(PrefixHeadsBackward, scale) - 60usize];
+};
+#[doc = " `y = tanh(x)` of `n` elements."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Tanh {
+    pub y: *mut f32,
+    pub x: *const f32,
+    pub n: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Tanh"][::core::mem::size_of::<Tanh>() - 24usize];
+    ["Alignment of Tanh"][::core::mem::align_of::<Tanh>() - 8usize];
+    ["Offset of field: Tanh::y"][::core::mem::offset_of!(Tanh, y) - 0usize];
+    ["Offset of field: Tanh::x"][::core::mem::offset_of!(Tanh, x) - 8usize];
+    ["Offset of field: Tanh::n"][::core::mem::offset_of!(Tanh, n) - 16usize];
+};
+#[doc = " The gradient of `Tanh` in place, from its output: `d *= 1 - y^2`."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct TanhBackward {
+    pub d: *mut f32,
+    pub y: *const f32,
+    pub n: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TanhBackward"][::core::mem::size_of::<TanhBackward>() - 24usize];
+    ["Alignment of TanhBackward"][::core::mem::align_of::<TanhBackward>() - 8usize];
+    ["Offset of field: TanhBackward::d"][::core::mem::offset_of!(TanhBackward, d) - 0usize];
+    ["Offset of field: TanhBackward::y"][::core::mem::offset_of!(TanhBackward, y) - 8usize];
+    ["Offset of field: TanhBackward::n"][::core::mem::offset_of!(TanhBackward, n) - 16usize];
 };
 #[doc = " One m16n8k16 product per block, registers as they are: d = a b + c. a: (blocks, 32 lanes, 4), b: (blocks, 32, 2), c and\n d: (blocks, 32, 4)."]
 #[repr(C)]

@@ -41,7 +41,8 @@ pub fn rope(
     Ok(())
 }
 
-/// Keys and values `[heads, P, d]` that every query sees before those of its sequence, unrotated: P-Tuning v2.
+/// Keys and values that every query sees before those of its sequence, unrotated: P-Tuning v2. `[heads, P, d]` for all
+/// sequences, or `[B, heads, P, d]`.
 ///
 /// A padding query sees the prefix and nothing else, as in the official code.
 #[derive(Debug, Clone, Copy)]
@@ -52,7 +53,7 @@ pub struct Prefix<'a> {
     pub values: &'a Tensor,
 }
 
-/// The gradients of a [`Prefix`], of the type of sums.
+/// The gradients of a [`Prefix`], of its shape and of the type of sums.
 #[derive(Debug)]
 pub struct PrefixGradients<'a> {
     /// Of the keys.
@@ -127,45 +128,51 @@ fn attention_extents(
         ));
     }
     let head_dim = width / (3 * heads);
+    let (prefix, prefixes) = check_prefix(operation, prefix, [size, heads, head_dim], qkv)?;
     Ok(Extents {
         size,
         queries: s,
         keys: s,
         heads,
         head_dim,
-        prefix: check_prefix(operation, prefix, heads, head_dim, qkv)?,
+        prefix,
+        prefixes,
     })
 }
 
-/// The number of keys of a prefix, if there is one.
+/// The number of keys of a prefix, and of how many sequences it is: 1 for all, or each.
 fn check_prefix(
     operation: &'static str,
     prefix: Option<Prefix<'_>>,
-    heads: usize,
-    head_dim: usize,
+    [size, heads, head_dim]: [usize; 3],
     qkv: &Tensor,
-) -> Result<usize> {
+) -> Result<(usize, usize)> {
     let Some(Prefix { keys, values }) = prefix else {
-        return Ok(0);
+        return Ok((0, 1));
     };
-    let (rows, _) = keys.shape().rows_and_columns();
-    let length = rows / heads;
+    let shape = keys.shape();
+    let (length, prefixes) = match *shape.extents() {
+        [h, length, _] if h == heads => (length, 1),
+        [each, h, length, _] if h == heads && (each == 1 || each == size) => (length, each),
+        _ => {
+            return Err(mismatch(
+                operation,
+                format!("prefix keys {shape}"),
+                format!("prefix keys [{heads}, P, {head_dim}] or [{size}, {heads}, P, {head_dim}]"),
+            ));
+        }
+    };
+    let rows = prefixes * heads * length;
     check_device(operation, "prefix", keys, qkv.device())?;
     check(
         operation,
         &[
-            ("prefix keys", keys, heads * length, head_dim),
-            ("prefix values", values, heads * length, head_dim),
+            ("prefix keys", keys, rows, head_dim),
+            ("prefix values", values, rows, head_dim),
         ],
     )?;
-    check_elements(
-        operation,
-        "prefix keys",
-        keys,
-        qkv.dtype(),
-        heads * length * head_dim,
-    )?;
-    Ok(length)
+    check_elements(operation, "prefix keys", keys, qkv.dtype(), rows * head_dim)?;
+    Ok((length, prefixes))
 }
 
 /// A prefix as a device takes it.
@@ -219,7 +226,7 @@ pub fn attention_backward(
     let (prefix, mut gradients) = prefix.unzip();
     let e = attention_extents("attention_backward", qkv, spans, prefix, heads)?;
     if let Some(gradients) = &gradients {
-        let elements = heads * e.prefix * e.head_dim;
+        let elements = e.prefixes * heads * e.prefix * e.head_dim;
         check_sums(
             "attention_backward",
             "prefix gradients",
@@ -304,13 +311,15 @@ pub fn attention_cached(
         ));
     }
     let head_dim = width / (3 * heads);
+    let (length, prefixes) = check_prefix("attention_cached", prefix, [size, heads, head_dim], qkv)?;
     let e = Extents {
         size,
         queries,
         keys: past + queries,
         heads,
         head_dim,
-        prefix: check_prefix("attention_cached", prefix, heads, head_dim, qkv)?,
+        prefix: length,
+        prefixes,
     };
     let hidden = heads * e.head_dim;
     check(

@@ -13,26 +13,33 @@
 //! there ([`crate::model::Workspace`]); a kernel that meets a wrong one writes NaN.
 
 mod attention;
+mod dora;
 mod linear;
 mod loss;
 mod optim;
 mod pointwise;
+mod prefix;
 mod quant;
 mod rows;
 
 pub use attention::{Prefix, PrefixGradients, attention, attention_backward, attention_cached, rope};
+pub use dora::{
+    accumulate_column_products, accumulate_scaled_columns, dora_gain, row_squares, scale_columns,
+};
 pub use linear::{
     Adapter, Operand, accumulate_column_sums, linear, linear_adapted, linear_backward_input,
     linear_backward_input_adapted, matmul,
 };
 pub use loss::{STATISTICS, head_loss, head_loss_backward};
 pub use optim::{
-    AdamW, AdamwSlot, adamw, adamw_all, non_finite, sum_of_squares, sum_of_squares_all, zero_all,
+    AdamW, Adamw8bitSlot, AdamwSlot, BLOCK_8BIT, Lion, LionSlot, Sgd, SgdSlot, adamw, adamw_8bit, lion,
+    non_finite, sgd, sum_of_squares, sum_of_squares_all, sums_of_squares, zero_all,
 };
 pub use pointwise::{
-    accumulate_dropout, dropout, gelu, gelu_backward, layer_norm, layer_norm_backward_input,
-    layer_norm_backward_parameters,
+    accumulate_dropout, accumulate_noise, cast, dropout, dropout_rest, gelu, gelu_backward, layer_norm,
+    layer_norm_backward_input, layer_norm_backward_parameters,
 };
+pub use prefix::{prefix_heads, prefix_heads_backward, tanh, tanh_backward};
 pub use quant::{dequantize, place_quantized, quantize};
 pub use rows::{embedding, embedding_backward, gather_rows, scatter_rows};
 

@@ -1,6 +1,7 @@
 //! Normalisation, activation and dropout.
 
 use super::{check, check_device, check_elements, check_sums, mismatch, on_device};
+use crate::cpu::activation::Dropped;
 use crate::cpu::real::Real;
 use crate::error::Result;
 use crate::rng::Stream;
@@ -125,7 +126,7 @@ pub fn gelu_backward(x: &Tensor, d: &mut Tensor) -> Result<()> {
 /// Shapes or types do not fit.
 pub fn dropout(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()> {
     check_same("dropout", "y", y, x)?;
-    on_device!("dropout", x, T => cpu::activation::dropout(x.as_slice::<T>(), p, stream, false, y.as_mut_slice()), cuda => cuda::pointwise::dropout(x, p, stream, false, y));
+    on_device!("dropout", x, T => cpu::activation::dropout(x.as_slice::<T>(), p, stream, Dropped::Write, y.as_mut_slice()), cuda => cuda::pointwise::dropout(x, p, stream, false, y));
     Ok(())
 }
 
@@ -136,7 +137,52 @@ pub fn dropout(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()>
 pub fn accumulate_dropout(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()> {
     check_same("accumulate_dropout", "y", y, x)?;
     on_device!("accumulate_dropout", x, T => {
-        cpu::activation::dropout(x.as_slice::<T>(), p, stream, true, y.as_mut_slice());
+        cpu::activation::dropout(x.as_slice::<T>(), p, stream, Dropped::Accumulate, y.as_mut_slice());
     }, cuda => cuda::pointwise::dropout(x, p, stream, true, y));
     Ok(())
+}
+
+/// `y = x - mask x / (1 - p)`: what [`dropout`] took away from x.
+///
+/// # Errors
+/// Shapes or types do not fit.
+pub fn dropout_rest(x: &Tensor, p: f32, stream: Stream, y: &mut Tensor) -> Result<()> {
+    check_same("dropout_rest", "y", y, x)?;
+    on_device!("dropout_rest", x, T => {
+        cpu::activation::dropout(x.as_slice::<T>(), p, stream, Dropped::Rest, y.as_mut_slice());
+    }, cuda => cuda::pointwise::dropout_rest(x, p, stream, y));
+    Ok(())
+}
+
+/// `y += bound (2 u - 1)` with the stream's uniforms `u`, one an element: noise in `[-bound, bound)` (NEFTune, Jain et al.
+/// 2023).
+///
+/// # Errors
+/// No kernel for the type.
+pub fn accumulate_noise(bound: f64, stream: Stream, y: &mut Tensor) -> Result<()> {
+    on_device!("accumulate_noise", y, T => {
+        cpu::activation::accumulate_noise(bound, stream, y.as_mut_slice::<T>());
+    }, cuda => cuda::pointwise::accumulate_noise(bound, stream, y));
+    Ok(())
+}
+
+/// `y = x` in the floating-point type of `y`, rounded to nearest even.
+///
+/// # Errors
+/// Shapes or types do not fit.
+pub fn cast(x: &Tensor, y: &mut Tensor) -> Result<()> {
+    check_device("cast", "y", y, x.device())?;
+    check_elements("cast", "y", y, y.dtype(), x.elements())?;
+    if x.dtype() == y.dtype() {
+        return y.copy_from(x);
+    }
+    match x.device() {
+        Device::Cpu if x.dtype().is_float() && y.dtype().is_float() => y.copy_from(&x.to_dtype(y.dtype())),
+        Device::Cpu => Err(mismatch(
+            "cast",
+            format!("{} into {}", x.dtype(), y.dtype()),
+            "floating-point types",
+        )),
+        Device::Cuda(_) => cuda::pointwise::cast(x, y),
+    }
 }

@@ -276,6 +276,7 @@ impl Tensor {
             (Buffer::Cuda(to), Buffer::Cuda(source)) if to.ordinal() == source.ordinal() => {
                 exclusive(to).copy_from(source, from.byte_len())
             }
+            (Buffer::Host(_), Buffer::Cuda(source)) => source.download(0, self.bytes_mut()),
             (_, Buffer::Cuda(_)) => {
                 let host = from.to_device(Device::Cpu)?;
                 self.write_bytes(host.bytes())

@@ -15,6 +15,8 @@ struct Case {
     d: usize,
     /// Keys of the prefix; 0 for none.
     prefix: usize,
+    /// Has each sequence a prefix of its own?
+    own: bool,
     spans: Spans,
 }
 
@@ -25,9 +27,11 @@ impl Case {
             s,
             d,
             prefix,
+            own,
             spans,
         } = self;
-        format!("heads {heads} S {s} d {d} prefix {prefix} spans {spans:?}")
+        let whose = if *own { " of each" } else { "" };
+        format!("heads {heads} S {s} d {d} prefix {prefix}{whose} spans {spans:?}")
     }
 
     fn spans(&self) -> Tensor {
@@ -35,7 +39,11 @@ impl Case {
     }
 
     fn prefix(&self, dtype: DType) -> [Tensor; 2] {
-        [11, 12].map(|seed| random(dtype, [self.heads, self.prefix.max(1), self.d], seed, 1.0))
+        let [heads, length, d] = [self.heads, self.prefix.max(1), self.d];
+        [11, 12].map(|seed| match self.own {
+            false => random(dtype, [heads, length, d], seed, 1.0),
+            true => random(dtype, [self.spans.len(), heads, length, d], seed, 1.0),
+        })
     }
 
     /// Context, log_sum_exp, dqkv and the gradients of a prefix, which begin as random numbers; in f64 on the CPU.
@@ -143,6 +151,7 @@ fn attention_and_its_gradient_are_those_of_the_cpu() {
                     s: *s,
                     d: [16, 32, 64, 128][(i + j) % 4],
                     prefix,
+                    own: (i + j) % 2 == 1,
                     spans: spans.clone(),
                 }
                 .check(device, dtype);
@@ -155,15 +164,16 @@ fn attention_and_its_gradient_are_those_of_the_cpu() {
 #[test]
 fn many_heads_take_the_tall_kernel() {
     let Some(device) = device() else { return };
-    for (prefix, spans) in [
-        (0, vec![[1, 40], [63, 64], [62, 64], [60, 64]]),
-        (7, vec![[64, 64], [63, 63], [0, 0], [65, 65]]),
+    for (prefix, own, spans) in [
+        (0, false, vec![[1, 40], [63, 64], [62, 64], [60, 64]]),
+        (7, true, vec![[64, 64], [63, 63], [0, 0], [65, 65]]),
     ] {
         Case {
             heads: 64,
             s: 65,
             d: 128,
             prefix,
+            own,
             spans,
         }
         .check(device, DType::F16);
@@ -181,6 +191,7 @@ fn odd_heads_work_in_f32() {
                 s: 40,
                 d,
                 prefix,
+                own: d % 2 == 0,
                 spans: vec![[0, 7], [10, 20]],
             }
             .check(device, DType::F32);
@@ -268,6 +279,7 @@ fn attention_over_a_cache_is_that_of_the_cpu() {
                     s: 0,
                     d: [128, 16, 64, 32][(i + j) % 4],
                     prefix,
+                    own: (i + j) % 2 == 1,
                     spans: spans.clone(),
                 };
                 let what = format!("steps {steps:?} {}", case.what());
@@ -308,6 +320,7 @@ fn a_cache_of_odd_heads_works_in_f32() {
         s: 0,
         d: 20,
         prefix: 3,
+        own: true,
         spans: vec![[0, 6], [3, 7]],
     };
     let steps = [7, 1, 1];

@@ -98,10 +98,11 @@ fn linear_backward_input_is_that_of_the_cpu() {
 }
 
 /// Which operand is transposed, and the types of a, b and c: `t` the compute type, `f` f32.
-const PRODUCTS: [(bool, bool, &str); 8] = [
+const PRODUCTS: [(bool, bool, &str); 9] = [
     (false, true, "ttt"),
     (false, true, "tft"),
     (false, true, "ttf"),
+    (false, true, "tff"),
     (false, false, "ttt"),
     (false, false, "tft"),
     (false, false, "ftf"),
@@ -200,7 +201,7 @@ fn a_product_without_a_kernel_is_refused() {
         let error = ops::matmul(1.0, a, b, 0.0, &mut c).unwrap_err().to_string();
         assert!(error.contains("matmul"), "{error}");
     }
-    // b of f32 would be an adapter's: fine. A weight of the other half type is not.
+    // b of f32 would be one that trains: fine. A weight of the other half type is not.
     let error = ops::linear(&half, WeightRef::Dense(&other), None, None, &mut c)
         .unwrap_err()
         .to_string();

@@ -112,6 +112,29 @@ fn loss_and_gradients_are_those_of_the_cpu() {
     }
 }
 
+/// A head that trains is held in f32: the same as one of the compute type, if that can hold its numbers.
+#[test]
+fn a_head_in_f32_gives_the_same_loss_and_gradients() {
+    let Some(device) = device() else { return };
+    for dtype in [DType::F16, DType::BF16] {
+        for (rows, vocabulary, k, room) in [
+            (5, 300, 40, 5 * 300),
+            (5, 301, 33, 5 * 30),
+            (70, 200, 72, 70 * 64),
+        ] {
+            let what = format!("head_loss {rows}x{vocabulary}x{k} room {room}, head in f32");
+            let mut case = Case::new(dtype, rows, vocabulary, k, room);
+            case.w = case.w.to_dtype(DType::F32);
+            let got = twice(&what, || case.run(device, DType::F32).1.into());
+            let (_, want) = case.run(Device::Cpu, DType::F64);
+            let statistics = [down(&got[0]), want[0].clone()].map(|t| t.to_f64_vec());
+            assert_close(&what, &statistics[0], &statistics[1], 1e-5, 1e-5);
+            assert_matches(&format!("{what}: dx"), &got[1], &want[1], dtype, 2, 0.3 * SCALE);
+            assert_matches(&format!("{what}: dw"), &got[2], &want[2], dtype, 2 * rows, SCALE);
+        }
+    }
+}
+
 #[test]
 fn a_small_scale_does_not_drown_the_gradient() {
     let Some(device) = device() else { return };

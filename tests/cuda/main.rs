@@ -8,6 +8,7 @@
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+mod dora;
 mod gemm;
 mod lane_maps;
 mod loss;
@@ -15,6 +16,7 @@ mod nf4;
 mod norm;
 mod optim;
 mod pointwise;
+mod prefix;
 mod rows;
 
 use std::sync::OnceLock;

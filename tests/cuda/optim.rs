@@ -1,6 +1,6 @@
 //! The optimizer over many parameters at once, and the search for what is no number.
 
-use glmtune::ops::{self, AdamwSlot};
+use glmtune::ops::{self, Adamw8bitSlot, AdamwSlot, LionSlot, SgdSlot};
 use glmtune::tensor::{DType, Device, Tensor};
 
 use super::{TYPES, assert_matches, device, down, random, twice, up, wide};
@@ -8,13 +8,11 @@ use super::{TYPES, assert_matches, device, down, random, twice, up, wide};
 /// Around a vector, a block's pass and a chunk.
 const SIZES: [usize; 10] = [1, 3, 4, 5, 1023, 1025, 16383, 16384, 16385, 40_000];
 
-const FACTORS: ops::AdamW = ops::AdamW {
+const ADAMW: ops::AdamW = ops::AdamW {
     clip: 0.7,
-    decay: 0.99,
     one_minus_beta1: 0.1,
     beta2: 0.999,
     one_minus_beta2: 0.001,
-    step_size: 0.01,
     sqrt_correction2: 0.3,
     epsilon: 1e-8,
 };
@@ -24,47 +22,161 @@ fn parameters(seed: u64) -> Vec<Tensor> {
     SIZES.iter().enumerate().map(random).collect()
 }
 
-/// Values, first and second moments after one step on `device`, every second parameter without decay.
-fn step(device: Device) -> Vec<Tensor> {
-    let on = |tensors: Vec<Tensor>| -> Vec<Tensor> { tensors.iter().map(|t| up(device, t)).collect() };
-    let squares = parameters(40)
-        .iter()
-        .map(|m| {
-            Tensor::from_slice(
-                &m.as_slice::<f32>().iter().map(|x| x * x).collect::<Vec<_>>(),
-                m.shape(),
-            )
-        })
-        .collect();
-    let (mut p, g, mut m, mut v) = (
-        on(parameters(10)),
-        on(parameters(20)),
-        on(parameters(30)),
-        on(squares),
-    );
-    let mut slots: Vec<AdamwSlot> = (p.iter_mut().zip(&g))
-        .zip(m.iter_mut().zip(&mut v))
-        .enumerate()
-        .map(|(i, ((p, g), (m, v)))| AdamwSlot {
-            p,
-            g,
-            m,
-            v,
-            decayed: i % 2 == 0,
-        })
-        .collect();
-    ops::adamw_all(&mut slots, &FACTORS).unwrap();
-    p.into_iter().chain(m).chain(v).collect()
+/// Parameters `(p, g, m, v)` on `device`, v from 0.
+fn filled(device: Device) -> [Vec<Tensor>; 4] {
+    let mut squares = parameters(40);
+    for v in &mut squares {
+        v.as_mut_slice::<f32>().iter_mut().for_each(|x| *x *= *x);
+    }
+    [parameters(10), parameters(20), parameters(30), squares]
+        .map(|tensors| tensors.iter().map(|t| up(device, t)).collect())
+}
+
+/// Every second parameter is not decayed, and every third has a learning rate of its own.
+fn decay_and_rate(i: usize) -> (f32, f32) {
+    let decay = if i.is_multiple_of(2) { 0.99 } else { 1.0 };
+    (decay, if i.is_multiple_of(3) { 0.04 } else { 0.01 })
+}
+
+/// A step of an optimizer on the device leaves the bits that it leaves on the CPU.
+#[track_caller]
+fn has_the_bits_of_the_cpu(what: &str, step: impl Fn(Device) -> Vec<Tensor>) {
+    let Some(device) = device() else { return };
+    let got = twice(what, || step(device));
+    for (i, (got, want)) in got.iter().zip(step(Device::Cpu)).enumerate() {
+        let (got, place) = (down(got), format!("{what}, output {i} {}", want.shape()));
+        if want.dtype() == DType::F32 {
+            let bits = |t: &Tensor| {
+                t.as_slice::<f32>()
+                    .iter()
+                    .map(|x| x.to_bits())
+                    .collect::<Vec<_>>()
+            };
+            let (got, want) = (bits(&got), bits(&want));
+            let other = got.iter().zip(&want).position(|(a, b)| a != b);
+            if let Some(k) = other {
+                panic!(
+                    "{place}: {} is {}, not {}",
+                    k,
+                    f32::from_bits(got[k]),
+                    f32::from_bits(want[k])
+                );
+            }
+        }
+        assert!(got.bytes() == want.bytes(), "{place}");
+    }
 }
 
 #[test]
 fn adamw() {
-    let Some(device) = device() else { return };
-    let got = twice("adamw", || step(device));
-    for (i, (got, want)) in got.iter().zip(step(Device::Cpu)).enumerate() {
-        // A card fuses products with sums: a few roundings less than on the CPU.
-        assert_matches(&format!("adamw, output {i}"), got, &want, DType::F32, 4, 1.0);
+    has_the_bits_of_the_cpu("adamw", |device| {
+        let [mut p, g, mut m, mut v] = filled(device);
+        let mut slots: Vec<AdamwSlot> = (p.iter_mut().zip(&g))
+            .zip(m.iter_mut().zip(&mut v))
+            .enumerate()
+            .map(|(i, ((p, g), (m, v)))| {
+                let (decay, step_size) = decay_and_rate(i);
+                AdamwSlot {
+                    p,
+                    g,
+                    m,
+                    v,
+                    decay,
+                    step_size,
+                }
+            })
+            .collect();
+        ops::adamw(&mut slots, &ADAMW).unwrap();
+        p.into_iter().chain(m).chain(v).collect()
+    });
+}
+
+#[test]
+fn adamw_8bit() {
+    has_the_bits_of_the_cpu("adamw_8bit", |device| {
+        let [mut p, g, ..] = filled(device);
+        let zeros = |dtype, block: usize| -> Vec<Tensor> {
+            let n = SIZES.iter().map(|n| n.div_ceil(block));
+            n.map(|n| Tensor::zeros_on(device, dtype, [n]).unwrap()).collect()
+        };
+        let (mut m, mut v) = (zeros(DType::U8, 1), zeros(DType::U8, 1));
+        let [mut m_absmax, mut v_absmax] = [0, 1].map(|_| zeros(DType::F32, ops::BLOCK_8BIT));
+        // The second step starts from codes, the third from those of smaller gradients: every decade of the maps is used.
+        for clip in [0.7, 1.0, 1e-3] {
+            let mut slots = Vec::new();
+            let codes = m.iter_mut().zip(&mut v);
+            let scales = m_absmax.iter_mut().zip(&mut v_absmax);
+            let all = p.iter_mut().zip(&g).zip(codes.zip(scales)).enumerate();
+            for (i, ((p, g), ((m, v), (m_absmax, v_absmax)))) in all {
+                let (decay, step_size) = decay_and_rate(i);
+                slots.push(Adamw8bitSlot {
+                    p,
+                    g,
+                    m,
+                    v,
+                    m_absmax,
+                    v_absmax,
+                    decay,
+                    step_size,
+                });
+            }
+            ops::adamw_8bit(&mut slots, &ops::AdamW { clip, ..ADAMW }).unwrap();
+        }
+        let codes = m.into_iter().chain(v);
+        let scales = m_absmax.into_iter().chain(v_absmax);
+        p.into_iter().chain(codes).chain(scales).collect()
+    });
+}
+
+#[test]
+fn sgd() {
+    for momentum in [false, true] {
+        has_the_bits_of_the_cpu("sgd", |device| {
+            let [mut p, g, mut m, _] = filled(device);
+            let mut slots = Vec::new();
+            for (i, ((p, g), m)) in p.iter_mut().zip(&g).zip(&mut m).enumerate() {
+                let (weight_decay, rate) = decay_and_rate(i);
+                slots.push(SgdSlot {
+                    p,
+                    g,
+                    // Both kinds in one launch.
+                    m: (momentum || i.is_multiple_of(4)).then_some(m),
+                    rate,
+                    weight_decay,
+                });
+            }
+            let factors = ops::Sgd {
+                clip: 0.7,
+                momentum: 0.9,
+            };
+            ops::sgd(&mut slots, &factors).unwrap();
+            p.into_iter().chain(m).collect()
+        });
     }
+}
+
+#[test]
+fn lion() {
+    has_the_bits_of_the_cpu("lion", |device| {
+        let [mut p, mut g, mut m, _] = filled(device);
+        // No gradient and no momentum: no step.
+        g[5].zero().unwrap();
+        m[5].zero().unwrap();
+        let mut slots = Vec::new();
+        for (i, ((p, g), m)) in p.iter_mut().zip(&g).zip(&mut m).enumerate() {
+            let (decay, rate) = decay_and_rate(i);
+            slots.push(LionSlot { p, g, m, rate, decay });
+        }
+        let factors = ops::Lion {
+            clip: 0.7,
+            beta1: 0.9,
+            one_minus_beta1: 0.1,
+            beta2: 0.99,
+            one_minus_beta2: 0.01,
+        };
+        ops::lion(&mut slots, &factors).unwrap();
+        p.into_iter().chain(m).collect()
+    });
 }
 
 #[test]
@@ -80,7 +192,9 @@ fn sum_of_squares() {
     let n: usize = SIZES.iter().sum();
     // Terms of one sign: the sum, which every rounding is a share of, is as large as their number.
     assert_matches("sum_of_squares", &got[0], &sum(&host), DType::F64, n, n as f64);
+    let each = ops::sums_of_squares(&there.iter().collect::<Vec<_>>()).unwrap();
     for (i, (host, there)) in host.iter().zip(&there).enumerate() {
+        assert_eq!(sum(std::slice::from_ref(there)).to_f64_vec(), each[i..=i]);
         let (want, got) = (sum(std::slice::from_ref(host)), sum(std::slice::from_ref(there)));
         let n = SIZES[i];
         assert_matches("sum_of_squares of one", &got, &want, DType::F64, n, n as f64);

@@ -78,10 +78,30 @@ fn rows_are_gathered() {
     }
 }
 
+/// An embedding that trains is held in f32 on every device.
+#[test]
+fn an_embedding_in_f32_is_rounded() {
+    let Some(device) = device() else { return };
+    for dtype in [DType::F16, DType::BF16] {
+        for (r, m, n) in SHAPES {
+            let (x, mut ids) = (random(DType::F32, [m, n], 1, 1.0), numbers(r, m));
+            ids.as_mut_slice::<i32>()[r / 2] = m as i32;
+            let want = taken(&x, ids.as_slice()).to_dtype(dtype);
+            let what = format!("embedding {r} of {m} {n} {dtype}");
+            let got = twice(&what, || {
+                let mut y = up(device, &Tensor::zeros(dtype, [r, n]));
+                ops::embedding(&up(device, &x), &up(device, &ids), &mut y).unwrap();
+                vec![y]
+            });
+            assert_equal(&what, &got[0], &want);
+        }
+    }
+}
+
 #[test]
 fn an_embedding_of_another_type_is_refused() {
     let Some(device) = device() else { return };
-    let w = up(device, &Tensor::zeros(DType::F32, [3, 8]));
+    let w = up(device, &Tensor::zeros(DType::BF16, [3, 8]));
     let ids = up(device, &Tensor::from_slice(&[0i32], [1]));
     let mut y = up(device, &Tensor::zeros(DType::F16, [1, 8]));
     assert!(ops::embedding(&w, &ids, &mut y).is_err());

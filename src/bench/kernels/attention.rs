@@ -5,6 +5,7 @@ use super::super::report::Work;
 use super::Bench;
 use crate::error::Result;
 use crate::ops;
+use crate::rng::Stream;
 use crate::tensor::Tensor;
 
 /// Forward and backward of one sequence, a quarter of it context; then one token over as many cached ones. Operations are
@@ -14,7 +15,31 @@ pub(super) fn attention(bench: &mut Bench<'_>) -> Result<()> {
         bench.attempt("attention", |bench| whole(bench, s))?;
         bench.attempt("attention", |bench| cached(bench, s))?;
     }
-    Ok(())
+    bench.attempt("attention", prefix)
+}
+
+/// Keys of one layer out of the table of a prefix of 128, with dropout for each of 4 sequences, and back.
+fn prefix(bench: &mut Bench<'_>) -> Result<()> {
+    const LENGTH: usize = 128;
+    const SIZE: usize = 4;
+    let compute = bench.compute();
+    let (heads, h) = (bench.config().num_attention_heads, bench.config().hidden_size);
+    let shape = [SIZE, heads, LENGTH, h / heads];
+    let table = bench.numbers.parameters(compute, [LENGTH, 2 * h])?;
+    let mut d_table = compute.accumulators([LENGTH, 2 * h])?;
+    let (mut keys, dy) = (compute.zeros(shape)?, compute.accumulators(shape)?);
+    let dropout = Some((0.1, Stream::new(1, 1)));
+    let n = SIZE * LENGTH * h;
+    let work = |bytes| Work { bytes, flops: 0.0 };
+    let names = [("B", SIZE), ("P", LENGTH), ("heads", heads)];
+    let forward = work(bench.bytes(n) + (4 * LENGTH * h) as f64);
+    bench.case("attention", "prefix", &names, forward, 1, |_| {
+        ops::prefix_heads(&table, 1, dropout, &mut keys)
+    })?;
+    let backward = work((4 * n + 8 * LENGTH * h) as f64);
+    bench.case("attention", "prefix back", &names, backward, 1, |_| {
+        ops::prefix_heads_backward(&dy, 1, dropout, &mut d_table)
+    })
 }
 
 fn whole(bench: &mut Bench<'_>, s: usize) -> Result<()> {

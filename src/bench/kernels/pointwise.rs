@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::glm::rope_tables;
 use crate::ops;
 use crate::rng::Stream;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Rank of the adapters whose update is measured.
 const RANK: usize = 8;
@@ -169,11 +169,9 @@ pub(super) fn adamw(bench: &mut Bench<'_>) -> Result<()> {
     let shape = [("tensors", trained.len()), ("N", elements)];
     let factors = ops::AdamW {
         clip: 1.0,
-        decay: 1.0,
         one_minus_beta1: 0.1,
         beta2: 0.999,
         one_minus_beta2: 0.001,
-        step_size: 1e-5,
         sqrt_correction2: 0.5,
         epsilon: 1e-8,
     };
@@ -187,9 +185,32 @@ pub(super) fn adamw(bench: &mut Bench<'_>) -> Result<()> {
             g: &t.g,
             m: &mut t.m,
             v: &mut t.v,
-            decayed: true,
+            decay: 1.0,
+            step_size: 1e-5,
         });
-        ops::adamw_all(&mut slots.collect::<Vec<_>>(), &factors)
+        ops::adamw(&mut slots.collect::<Vec<_>>(), &factors)
+    })?;
+    let mut eight = Vec::new();
+    for t in &trained {
+        let shape = t.p.shape();
+        let zeros = |dtype, n: usize| Tensor::zeros_on(compute.device, dtype, [n]);
+        let codes = || zeros(DType::U8, shape.elements());
+        let absmax = || zeros(DType::F32, shape.elements().div_ceil(ops::BLOCK_8BIT));
+        eight.push([codes()?, codes()?, absmax()?, absmax()?]);
+    }
+    bench.case("adamw", "update, 8 bits", &shape, work(16), 1, |_| {
+        let slots = trained.iter_mut().zip(&mut eight);
+        let slots = slots.map(|(t, [m, v, m_absmax, v_absmax])| ops::Adamw8bitSlot {
+            p: &mut t.p,
+            g: &t.g,
+            m,
+            v,
+            m_absmax,
+            v_absmax,
+            decay: 1.0,
+            step_size: 1e-5,
+        });
+        ops::adamw_8bit(&mut slots.collect::<Vec<_>>(), &factors)
     })?;
     let gradients: Vec<&Tensor> = trained.iter().map(|t| &t.g).collect();
     bench.case("adamw", "gradient norm", &shape, work(4), 1, |_| {
