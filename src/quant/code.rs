@@ -70,22 +70,30 @@ pub(super) static FP4_RANKS: LazyLock<Ranks> = LazyLock::new(|| Ranks::of(&FP4))
 
 /// bitsandbytes' signed dynamic 8-bit map (`create_dynamic_map`), ascending: seven decades, decade `e` cut into `2^e`
 /// equal parts between 0.1 and 1 of which the middles are taken, with both signs, plus 0 and 1.
-pub(super) static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| {
+pub(super) static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(true));
+
+/// The unsigned map: as [`DYNAMIC`], with twice as many parts in place of the signs.
+pub(super) static DYNAMIC_UNSIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(false));
+
+fn dynamic(signed: bool) -> [f32; 256] {
     let mut values = vec![0.0, 1.0];
     for exponent in 0..7 {
-        let parts = 1usize << exponent;
+        let parts = if signed { 1usize } else { 2 } << exponent;
         let scale = 10f64.powi(exponent - 6) as f32;
         let boundary = linspace(0.1, 1.0, parts + 1);
         for pair in boundary.windows(2) {
             let value = scale * ((pair[0] + pair[1]) / 2.0);
-            values.extend([value, -value]);
+            values.push(value);
+            if signed {
+                values.push(-value);
+            }
         }
     }
     values.sort_by(f32::total_cmp);
     values
         .try_into()
         .expect("2 + 2 * (1 + 2 + ... + 64) = 256 values")
-});
+}
 
 /// `torch.linspace` in f32: counted from the start in the first half and from the end in the second, with the fused
 /// multiply-add that its compiler makes of it.
@@ -117,11 +125,13 @@ mod tests {
     }
 
     #[test]
-    fn dynamic_map_is_ascending_and_odd_but_for_one() {
+    fn dynamic_maps_are_ascending_and_the_signed_one_is_odd_but_for_one() {
         assert!(DYNAMIC.windows(2).all(|w| w[0] < w[1]));
         assert_eq!((DYNAMIC[127], DYNAMIC[255]), (0.0, 1.0));
         for i in 0..127 {
             assert_eq!(DYNAMIC[i], -DYNAMIC[254 - i]);
         }
+        assert!(DYNAMIC_UNSIGNED.windows(2).all(|w| w[0] < w[1]));
+        assert_eq!((DYNAMIC_UNSIGNED[0], DYNAMIC_UNSIGNED[255]), (0.0, 1.0));
     }
 }

@@ -63,6 +63,11 @@ pub(crate) fn nested_map() -> &'static [f32; 256] {
     &code::DYNAMIC
 }
 
+/// bitsandbytes' unsigned dynamic map, ascending: what the 8-bit codes of second moments mean.
+pub(crate) fn unsigned_map() -> &'static [f32; 256] {
+    &code::DYNAMIC_UNSIGNED
+}
+
 impl std::fmt::Display for QuantType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())

@@ -25,6 +25,7 @@ fn learning_rates_are_those_of_transformers() {
             base,
             warmup_steps: number(parts[1], "warmup"),
             total_steps: number(parts[2], "total"),
+            ..Schedule::default()
         };
         let want: Vec<f64> = rates
             .as_array()
@@ -39,4 +40,33 @@ fn learning_rates_are_those_of_transformers() {
         checked += 1;
     }
     assert!(checked >= 6, "only {checked} schedules in the table");
+}
+
+/// Made by `tests/goldens/make_schedules.py` with transformers' own functions.
+#[test]
+fn every_schedule_is_that_of_transformers() {
+    let table: serde_json::Value =
+        serde_json::from_str(include_str!("../goldens/learning_rates.json")).unwrap();
+    let base = table["base"].as_f64().unwrap();
+    let cases = table["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 33);
+    for case in cases {
+        let number = |key: &str| case[key].as_f64();
+        let schedule = Schedule {
+            scheduler: serde_json::from_value(case["scheduler"].clone()).unwrap(),
+            base,
+            warmup_steps: case["warmup"].as_u64().unwrap(),
+            total_steps: case["total"].as_u64().unwrap(),
+            min_lr_ratio: number("min_lr_rate")
+                .or(number("lr_end").map(|end| end / base))
+                .unwrap_or(0.0),
+            power: number("power").unwrap_or(1.0),
+        };
+        let rates = case["rates"].as_array().unwrap().iter();
+        let want: Vec<f64> = rates.map(|r| r.as_f64().unwrap()).collect();
+        let got: Vec<f64> = (0..want.len() as u64)
+            .map(|update| schedule.rate(update))
+            .collect();
+        assert_close(&format!("{schedule:?}"), &got, &want, 1e-18, 1e-12);
+    }
 }
