@@ -10,8 +10,8 @@ use super::{atomic, read_tensors, write_safetensors};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// What `adapter_config.json` says, as far as a plain LoRA needs it.
-#[derive(Debug, Clone, PartialEq)]
+/// What `adapter_config.json` says, as far as LoRA, DoRA and modules saved beside them need it.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct AdapterConfig {
     /// The model it was trained on, as its owner named it.
     pub base_model_name_or_path: Option<String>,
@@ -25,14 +25,23 @@ pub struct AdapterConfig {
     pub target_modules: Vec<String>,
     /// Rank-stabilised scaling?
     pub use_rslora: bool,
+    /// Magnitudes beside the directions?
+    pub use_dora: bool,
+    /// Modules that trained whole, by the last part of their names.
+    pub modules_to_save: Vec<String>,
 }
 
 /// Keys that change what an adapter means: any value but these is refused.
-const PLAIN: [(&str, &[&str]); 17] = [
+const PLAIN: [(&str, &[&str]); 19] = [
     ("bias", &["\"none\""]),
-    ("use_dora", &["false"]),
     ("fan_in_fan_out", &["false"]),
-    ("modules_to_save", &["[]"]),
+    // PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base itself: their adapters mean nothing on the original one.
+    (
+        "init_lora_weights",
+        &["true", "false", "\"gaussian\"", "\"orthogonal\"", "\"eva\""],
+    ),
+    ("ensure_weight_tying", &["false"]),
+    ("exclude_modules", &["[]"]),
     ("rank_pattern", &["{}"]),
     ("alpha_pattern", &["{}"]),
     ("layers_to_transform", &["[]"]),
@@ -46,6 +55,7 @@ const PLAIN: [(&str, &[&str]); 17] = [
     ("kasa_config", &["{}"]),
     ("velora_config", &["{}"]),
     ("arrow_config", &["{}"]),
+    ("monteclora_config", &["{}"]),
 ];
 
 impl AdapterConfig {
@@ -59,9 +69,10 @@ impl AdapterConfig {
                 "take the adapter folder again",
             )
         })?;
-        let wrong = |found: String, expected: &str, remedy: &str| {
-            Err(Error::input(path.display(), found, expected, remedy))
+        let refusal = |found: String, expected: &str, remedy: &str| {
+            Error::input(path.display(), found, expected, remedy)
         };
+        let wrong = |found, expected: &str, remedy: &str| Err(refusal(found, expected, remedy));
         let get = |key: &str| map.get(key).filter(|value| !value.is_null());
         match get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
@@ -76,11 +87,13 @@ impl AdapterConfig {
         for (key, plain) in PLAIN {
             if let Some(value) = get(key).filter(|value| !plain.contains(&value.to_string().as_str())) {
                 let found: String = format!("{key} {value}").chars().take(120).collect();
-                return wrong(
-                    found,
-                    "a plain LoRA",
-                    "not supported: train or export the adapter without it",
-                );
+                let remedy = match key {
+                    "init_lora_weights" => {
+                        "save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+                    }
+                    _ => "not supported: train or export the adapter without it",
+                };
+                return wrong(found, "LoRA or DoRA on the base as it was published", remedy);
             }
         }
         let number = |key: &str, default: Option<f64>| match get(key) {
@@ -90,20 +103,23 @@ impl AdapterConfig {
                 .filter(|n| n.is_finite())
                 .ok_or(format!("{key} {value}")),
         };
-        let target_modules = match get("target_modules") {
-            Some(Value::Array(names)) if names.iter().all(Value::is_string) && !names.is_empty() => names
+        let names = |key: &str| match get(key) {
+            None => Ok(Vec::new()),
+            Some(Value::Array(names)) if names.iter().all(Value::is_string) => Ok(names
                 .iter()
                 .filter_map(|name| Some(name.as_str()?.to_string()))
-                .collect(),
-            other => {
-                let found = format!("target_modules {}", other.unwrap_or(&Value::Null));
-                return wrong(
-                    found.chars().take(120).collect(),
-                    "a list of module names",
-                    "write the names out",
-                );
+                .collect()),
+            Some(other) => {
+                let found: String = format!("{key} {other}").chars().take(120).collect();
+                Err(refusal(found, "a list of module names", "write the names out"))
             }
         };
+        let target_modules = names("target_modules")?;
+        if target_modules.is_empty() {
+            let found = get("target_modules").unwrap_or(&Value::Null);
+            let found = format!("target_modules {found}");
+            return wrong(found, "a list of module names", "write the names out");
+        }
         let remedy = "take the adapter folder again";
         let numbers = || -> Result<_, String> {
             let r = get("r").ok_or("no key r")?;
@@ -130,10 +146,10 @@ impl AdapterConfig {
                 remedy,
             );
         }
-        let use_rslora = match get("use_rslora") {
-            None => false,
-            Some(Value::Bool(flag)) => *flag,
-            Some(other) => return wrong(format!("use_rslora {other}"), "true or false", remedy),
+        let flag = |key: &str| match get(key) {
+            None => Ok(false),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(other) => Err(refusal(format!("{key} {other}"), "true or false", remedy)),
         };
         Ok(Self {
             base_model_name_or_path: get("base_model_name_or_path")
@@ -143,7 +159,9 @@ impl AdapterConfig {
             lora_alpha,
             lora_dropout,
             target_modules,
-            use_rslora,
+            use_rslora: flag("use_rslora")?,
+            use_dora: flag("use_dora")?,
+            modules_to_save: names("modules_to_save")?,
         })
     }
 
@@ -153,6 +171,10 @@ impl AdapterConfig {
             json!(self.lora_alpha as i64)
         } else {
             json!(self.lora_alpha)
+        };
+        let modules_to_save = match self.modules_to_save.as_slice() {
+            [] => Value::Null,
+            names => json!(names),
         };
         json!({
             "auto_mapping": null,
@@ -165,24 +187,25 @@ impl AdapterConfig {
             "layers_to_transform": null,
             "lora_alpha": alpha,
             "lora_dropout": self.lora_dropout,
-            "modules_to_save": null,
+            "modules_to_save": modules_to_save,
             "peft_type": "LORA",
             "r": self.r,
             "revision": null,
             "target_modules": self.target_modules,
             "task_type": "CAUSAL_LM",
-            "use_dora": false,
+            "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         })
     }
 }
 
 /// Reads a PEFT folder: its config and its tensors, named as in the file
-/// (`base_model.model.transformer.layers.0.attention.query_key_value.lora_A.weight` `[r, in]`, `lora_B` `[out, r]`).
+/// (`base_model.model.transformer.layers.0.attention.query_key_value.lora_A.weight` `[r, in]`, `lora_B` `[out, r]`, with
+/// DoRA `lora_magnitude_vector` `[out]`; modules saved whole by their own names after `base_model.model.`).
 ///
 /// # Errors
 /// A missing or broken file, an unsupported kind of adapter, no tensors, a tensor that is no `lora_A` or `lora_B` of
-/// rank `r`, one without its partner.
+/// rank `r` and of no module in `modules_to_save`, one without its partner.
 pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, BTreeMap<String, Tensor>)> {
     if !dir.is_dir() {
         let found = if dir.exists() { "a file" } else { "nothing" };
@@ -231,37 +254,62 @@ fn check_tensors(path: &Path, config: &AdapterConfig, tensors: &BTreeMap<String,
         ));
     }
     for (name, tensor) in tensors {
-        let (partner, rank_axis) = if let Some(stem) = name.strip_suffix(".lora_A.weight") {
-            (format!("{stem}.lora_B.weight"), 0)
-        } else if let Some(stem) = name.strip_suffix(".lora_B.weight") {
-            (format!("{stem}.lora_A.weight"), 1)
+        let [a, b, m] = ["lora_A.weight", "lora_B.weight", MAGNITUDE];
+        // What it goes with, its extents where they are known, and how they are called.
+        let (partners, extents, shape) = if let Some(stem) = stem(name, a) {
+            (vec![format!("{stem}.{b}")], vec![Some(config.r), None], "[r, in]")
+        } else if let Some(stem) = stem(name, b) {
+            let magnitude = config.use_dora.then(|| format!("{stem}.{m}"));
+            let partners = [format!("{stem}.{a}")].into_iter().chain(magnitude).collect();
+            (partners, vec![None, Some(config.r)], "[out, r]")
+        } else if let Some(stem) = stem(name, m).filter(|_| config.use_dora) {
+            (vec![format!("{stem}.{b}")], vec![None], "[out]")
+        } else if is_saved(name, &config.modules_to_save) {
+            // Its extents are those of the model's own.
+            super::refuse_non_finite(&super::entry::place(path, name), tensor)?;
+            continue;
         } else {
-            return wrong(
-                name,
-                "an unknown tensor".into(),
-                "names that end in lora_A.weight or lora_B.weight".into(),
-            );
+            let mut expected = "names that end in lora_A.weight or lora_B.weight".to_string();
+            if !config.modules_to_save.is_empty() {
+                expected += &format!(", or of {}", config.modules_to_save.join(", "));
+            }
+            return wrong(name, "an unknown tensor".into(), expected);
         };
-        let shape = tensor.shape();
-        if shape.extents().len() != 2 || shape.extents()[rank_axis] != config.r || !tensor.dtype().is_float()
-        {
-            let expected = format!("floats {}", if rank_axis == 0 { "[r, in]" } else { "[out, r]" });
-            return wrong(
-                name,
-                format!("{} {shape}", tensor.dtype()),
-                format!("{expected} with r {}", config.r),
-            );
+        let found = tensor.shape();
+        let mut pairs = extents.iter().zip(found.extents());
+        let fits = found.extents().len() == extents.len()
+            && pairs.all(|(want, is)| want.is_none_or(|want| want == *is));
+        if !fits || !tensor.dtype().is_float() {
+            let found = format!("{} {found}", tensor.dtype());
+            return wrong(name, found, format!("floats {shape} with r {}", config.r));
         }
         super::refuse_non_finite(&super::entry::place(path, name), tensor)?;
-        if !tensors.contains_key(&partner) {
+        if let Some(partner) = partners.iter().find(|partner| !tensors.contains_key(*partner)) {
             return wrong(
                 name,
                 "it alone".into(),
-                format!("its partner {}", printable(&partner)),
+                format!("its partner {}", printable(partner)),
             );
         }
     }
     Ok(())
+}
+
+/// What PEFT calls the magnitudes of DoRA.
+const MAGNITUDE: &str = "lora_magnitude_vector";
+
+/// The module that `name` is the part `part` of.
+fn stem<'a>(name: &'a str, part: &str) -> Option<&'a str> {
+    name.strip_suffix(part)?.strip_suffix('.')
+}
+
+/// Is `name` a tensor of a module whose name ends in one of `modules`?
+fn is_saved(name: &str, modules: &[String]) -> bool {
+    let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+    modules.iter().any(|saved| {
+        let before = module.strip_suffix(saved.as_str());
+        before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
+    })
 }
 
 /// Writes a PEFT folder: weights first, then the config, each whole or not at all.

@@ -8,6 +8,7 @@ mod adapter;
 pub mod atomic;
 mod entry;
 mod fingerprint;
+mod folder;
 mod index;
 mod map;
 mod pickle;
@@ -21,6 +22,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use adapter::{AdapterConfig, read_adapter, write_adapter};
+pub(crate) use folder::PartialFolder;
 pub use safetensors::{SafetensorsWriter, write_safetensors};
 pub use torch_writer::{TorchBinWriter, write_torch_bin};
 
@@ -201,6 +203,14 @@ pub fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
         .collect()
 }
 
+/// The free-form `__metadata__` of a `.safetensors` file.
+///
+/// # Errors
+/// The file is missing, truncated, or of another format.
+pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
+    safetensors::metadata(&MappedFile::open(path)?)
+}
+
 /// A NaN never goes on unseen: refuses a tensor of floats that holds one, or an infinity.
 pub(crate) fn refuse_non_finite(place: &str, tensor: &Tensor) -> Result<()> {
     let exponent_full = |bits: u16, mask: u16| bits & mask == mask;
@@ -214,6 +224,11 @@ pub(crate) fn refuse_non_finite(place: &str, tensor: &Tensor) -> Result<()> {
             .iter()
             .position(|x| exponent_full(x.to_bits(), 0x7f80)),
         DType::F32 => tensor.as_slice::<f32>().iter().position(|x| !x.is_finite()),
+        // Held in f32 at most: what becomes infinite there is no weight either.
+        DType::F64 => tensor
+            .as_slice::<f64>()
+            .iter()
+            .position(|&x| !(x as f32).is_finite()),
         _ => None,
     };
     match bad {

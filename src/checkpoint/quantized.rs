@@ -4,25 +4,24 @@
 //! appears under its name when it is whole; `glmtune.json` in it tells what it was made from.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::fingerprint::{self, SourceFile, Stamp};
+use super::folder::PartialFolder;
 use super::{Checkpoint, LM_HEAD, SafetensorsWriter, WORD_EMBEDDINGS, atomic, refuse_non_finite};
 use crate::error::{Error, Result};
-use crate::model::config::QuantizationConfig;
+use crate::model::config::{self, QuantizationConfig};
 use crate::quant::{QuantTensor, QuantType};
 use crate::tensor::{DType, Shape};
 
 /// The file in a 4-bit folder that tells its source.
 pub const CACHE_FILE: &str = "glmtune.json";
-/// Held while a folder is being made.
-const LOCK: &str = ".lock";
 
 /// The weights that are quantised, by the end of their names.
 const LINEARS: [&str; 4] = [
@@ -253,7 +252,7 @@ pub fn quantize_checkpoint(
     }
     source.validate()?;
     refuse_foreign(source, output_dir)?;
-    let partial = Partial::create(output_dir)?;
+    let partial = PartialFolder::create(output_dir)?;
     let paths = source_files(source);
     let stamps = fingerprint::stamps(&paths)?;
     let cancelled = AtomicBool::new(false);
@@ -264,7 +263,7 @@ pub fn quantize_checkpoint(
                 .map(|path| fingerprint::hash(path, &cancelled))
                 .collect::<Result<Vec<String>>>()
         });
-        let written = write_folder(source, &partial.dir, quant_type, double_quant, progress);
+        let written = write_folder(source, partial.dir(), quant_type, double_quant, progress);
         cancelled.store(written.is_err(), Ordering::Relaxed);
         let hashes = hashing.join().expect("hashing does not panic");
         written.and(hashes)
@@ -289,7 +288,7 @@ pub fn quantize_checkpoint(
         double_quant,
         source: files(stamps, hashes),
     };
-    record.write(&partial.dir)?;
+    record.write(partial.dir())?;
     partial.commit(output_dir)
 }
 
@@ -309,7 +308,8 @@ fn source_files(source: &Checkpoint) -> Vec<PathBuf> {
     paths
 }
 
-fn companions(source: &Checkpoint) -> impl Iterator<Item = PathBuf> {
+/// The files of a model folder beside configuration and weights: tokenizer and code.
+pub(crate) fn companions(source: &Checkpoint) -> impl Iterator<Item = PathBuf> {
     COMPANIONS
         .iter()
         .map(|name| source.dir().join(name))
@@ -407,29 +407,16 @@ fn write_config(
     double_quant: bool,
     tied: bool,
 ) -> Result<()> {
-    let path = source.dir().join("config.json");
-    let text = fs::read(&path).map_err(Error::io(&path, "read"))?;
-    let mut config: Map<String, Value> = serde_json::from_slice(&text).map_err(|e| {
-        Error::input(
-            path.display(),
-            e,
-            "a JSON object",
-            "take config.json from the model's repository again",
-        )
-    })?;
-    if tied {
-        config.insert("tie_word_embeddings".into(), json!(true));
-    }
     let quantization = QuantizationConfig {
         quant_type: quant_type.name().to_string(),
         use_double_quant: double_quant,
         compute_dtype: source.config().torch_dtype.name().to_string(),
     };
-    config.insert("quantization_config".into(), quantization.to_json());
-    atomic::write(
-        &dir.join("config.json"),
-        format!("{:#}\n", Value::Object(config)).as_bytes(),
-    )
+    let mut keys = vec![("quantization_config", quantization.to_json())];
+    if tied {
+        keys.push(("tie_word_embeddings", json!(true)));
+    }
+    config::copy(source.dir(), dir, &keys)
 }
 
 /// Whatever `output_dir` holds is replaced only when `quantize` wrote it.
@@ -451,78 +438,6 @@ fn refuse_foreign(source: &Checkpoint, output_dir: &Path) -> Result<()> {
         expected,
         "give another --output (or --cache-dir)",
     ))
-}
-
-/// A folder being made beside the one it will become; dropped, it is removed.
-struct Partial {
-    dir: PathBuf,
-    lock: Option<File>,
-}
-
-impl Partial {
-    fn create(output_dir: &Path) -> Result<Self> {
-        let name = output_dir.file_name().ok_or_else(|| {
-            Error::input(
-                output_dir.display(),
-                "no name",
-                "the path of a folder to make",
-                "give the folder a name",
-            )
-        })?;
-        let dir = output_dir.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-        let unwritable = |e: std::io::Error| {
-            let remedy = "give a folder that can be written: --cache-dir DIR (or --output DIR)";
-            Error::input(dir.display(), e, "a folder that can be made", remedy)
-        };
-        fs::create_dir_all(&dir).map_err(unwritable)?;
-        let lock = File::create(dir.join(LOCK)).map_err(unwritable)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let found = "another glmtune that is writing it";
-                let remedy = "wait until that one is done, then start again";
-                return Err(Error::input(dir.display(), found, "one writer", remedy));
-            }
-            // A file system without locks: rather unguarded than not at all.
-            Err(TryLockError::Error(_)) => {}
-        }
-        // What a killed run left behind.
-        for entry in fs::read_dir(&dir).map_err(Error::io(&dir, "list"))?.flatten() {
-            if entry.file_name() != LOCK {
-                fs::remove_file(entry.path()).map_err(Error::io(entry.path(), "remove"))?;
-            }
-        }
-        Ok(Self {
-            dir,
-            lock: Some(lock),
-        })
-    }
-
-    /// Gives the folder its name, in place of an older one.
-    fn commit(mut self, output_dir: &Path) -> Result<()> {
-        let lock = self.dir.join(LOCK);
-        fs::remove_file(&lock).map_err(Error::io(&lock, "remove"))?;
-        let old = self.dir.with_extension("old");
-        if output_dir.exists() {
-            let _ = fs::remove_dir_all(&old);
-            fs::rename(output_dir, &old).map_err(Error::io(output_dir, "replace"))?;
-        }
-        fs::rename(&self.dir, output_dir).map_err(Error::io(output_dir, "create"))?;
-        self.lock = None;
-        if old.exists() {
-            fs::remove_dir_all(&old).map_err(Error::io(&old, "remove"))?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if self.lock.take().is_some() {
-            // The failure that led here is on its way to the user.
-            let _ = fs::remove_dir_all(&self.dir);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -4,9 +4,9 @@ use super::Model;
 use super::glm::{self, BlockActivations, BlockDropout};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
-use crate::nn::{Geometry, Keys, NormActivations, Scratch};
-use crate::ops::{self, WeightRef};
-use crate::tensor::{Device, Tensor, check_memory};
+use crate::nn::{Geometry, Keys, NormActivations, PrefixEncoder, Scratch};
+use crate::ops::{self, Prefix, WeightRef};
+use crate::tensor::{Compute, Device, Tensor, check_memory};
 
 /// Rotated keys and values of every layer, for `size` sequences of up to `capacity` positions.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ pub struct KvCache {
     len: usize,
     /// Keys and values `[B, capacity, hidden]` of each layer.
     layers: Vec<(Tensor, Tensor)>,
+    /// Keys and values `[1, heads, P, d]` of a prefix, of each layer; filled when a prompt comes in. Empty without one.
+    prefixes: Vec<(Tensor, Tensor)>,
     spans: Tensor,
     /// Position and block position of the last token of each sequence.
     last: Vec<[i32; 2]>,
@@ -38,6 +40,19 @@ struct Buffers {
     scratch: Scratch,
 }
 
+/// One set of buffers serves all layers: made, for each linear, for a layer that has an adapter there if any has one.
+fn shared_activations(model: &Model, compute: Compute, rows: usize) -> Result<BlockActivations> {
+    let mut shared = model.blocks[0].activations(compute, rows)?;
+    let BlockActivations { attention, mlp, .. } = &mut shared;
+    for (i, place) in attention.linear.iter_mut().chain(&mut mlp.linear).enumerate() {
+        let mut linears = model.blocks.iter().map(|block| block.linears()[i].1);
+        if let Some(adapted) = linears.find(|linear| linear.lora.is_some()) {
+            *place = adapted.activations(compute, rows)?;
+        }
+    }
+    Ok(shared)
+}
+
 impl Buffers {
     fn new(model: &Model, size: usize, rows: usize) -> Result<Self> {
         let (compute, config) = (model.compute(), model.config());
@@ -47,15 +62,12 @@ impl Buffers {
             ids: compute.indices([rows])?,
             positions: compute.indices([rows, 2])?,
             hidden: [compute.zeros([rows, hidden])?, compute.zeros([rows, hidden])?],
-            block: model.blocks[0].activations(compute, rows)?,
+            block: shared_activations(model, compute, rows)?,
             final_layernorm: NormActivations::new(compute, size, hidden)?,
             last_rows: compute.indices([size])?,
             last: compute.zeros([size, hidden])?,
             logits: compute.accumulators([size, config.vocab_size])?,
-            scratch: Scratch {
-                dropped: compute.zeros([0])?,
-                du: compute.zeros([0])?,
-            },
+            scratch: Scratch::new(compute, 0, model.linears())?,
         })
     }
 }
@@ -71,6 +83,15 @@ impl KvCache {
             layers: (model.blocks.iter())
                 .map(|_| Ok((plane()?, plane()?)))
                 .collect::<Result<_>>()?,
+            prefixes: match &model.prefix {
+                Some(encoder) => {
+                    let shape = [1, config.num_attention_heads, encoder.len(), config.head_dim()];
+                    (model.blocks.iter())
+                        .map(|_| Ok((compute.zeros(shape)?, compute.zeros(shape)?)))
+                        .collect::<Result<_>>()?
+                }
+                None => Vec::new(),
+            },
             spans: compute.indices([size, 2])?,
             last: Vec::with_capacity(size),
             tables: glm::rope_tables(compute, config.head_dim(), capacity + 1)?,
@@ -115,11 +136,11 @@ impl Model {
         }
         let config = self.config();
         if self.device() == Device::Cpu {
+            let position = (2 * config.num_layers * config.hidden_size * self.dtype().size()) as u128;
+            let prefix = self.prefix.as_ref().map_or(0, PrefixEncoder::len) as u128;
             check_memory(
                 &format!("keys and values of {size} conversations of {capacity} tokens"),
-                (2 * config.num_layers * config.hidden_size * self.dtype().size()) as u128
-                    * size as u128
-                    * capacity as u128,
+                position * (size as u128 * capacity as u128 + prefix),
                 "lower --max-new-tokens, --max-length or --batch-size",
             )?;
         }
@@ -145,6 +166,9 @@ impl Model {
             .chunks_exact(2 * batch.len)
             .map(|p| [p[2 * batch.len - 2], p[2 * batch.len - 1]])
             .collect();
+        if let Some(encoder) = &self.prefix {
+            encoder.fill(self.compute, &mut cache.prefixes)?;
+        }
         self.extend(cache, &batch.ids, &batch.positions)
     }
 
@@ -212,11 +236,15 @@ impl Model {
         position_tensor.write(positions)?;
         x.resize([rows, hidden])?;
         ops::embedding(&self.embedding.value, id_tensor, x)?;
-        for (block, (keys, values)) in self.blocks.iter().zip(&mut cache.layers) {
+        for (i, (block, (keys, values))) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
             let geometry = Geometry {
                 spans: &cache.spans,
                 positions: position_tensor,
                 tables: &cache.tables,
+                prefix: cache
+                    .prefixes
+                    .get(i)
+                    .map(|(keys, values)| Prefix { keys, values }),
             };
             let keys = Keys::Cache {
                 keys,

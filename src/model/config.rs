@@ -8,6 +8,24 @@ use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape};
 
+/// Copies `config.json` of the folder `base` into `dir` with all its keys, of which some are set.
+///
+/// # Errors
+/// The file is not there or no JSON object, or the system refuses to write.
+pub(crate) fn copy(base: &Path, dir: &Path, keys: &[(&str, Value)]) -> Result<()> {
+    let path = base.join("config.json");
+    let text = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
+    let mut config: Map<String, Value> = serde_json::from_slice(&text).map_err(|e| {
+        let remedy = "take config.json from the model's repository again";
+        Error::input(path.display(), e, "a JSON object", remedy)
+    })?;
+    for (key, value) in keys {
+        config.insert((*key).into(), value.clone());
+    }
+    let text = format!("{:#}\n", Value::Object(config));
+    atomic::write(&dir.join("config.json"), text.as_bytes())
+}
+
 /// The architecture and special ids of a ChatGLM-6B checkpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {

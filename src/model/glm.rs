@@ -6,6 +6,7 @@ use crate::nn::{
     Attention, AttentionActivations, Geometry, Keys, LayerNorm, Linear, Mlp, MlpActivations, NormActivations,
     Param, Scratch,
 };
+use crate::ops::PrefixGradients;
 use crate::rng::Stream;
 use crate::tensor::{Compute, Tensor};
 
@@ -15,7 +16,7 @@ pub const ALPHA: f64 = 7.483_314_773_547_883;
 
 /// One transformer block:
 /// `a = input_layernorm(x); y = alpha a + attention(a); b = post_attention_layernorm(y); out = alpha b + mlp(b)`.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Block {
     /// LN1.
     pub input_layernorm: LayerNorm,
@@ -95,6 +96,16 @@ impl BlockDropout {
     }
 }
 
+/// The dropout stream of a prefix in the forward pass that `base` numbers: beyond those of the last possible block.
+pub(crate) fn prefix_dropout(base: Stream) -> Stream {
+    Stream::new(base.seed(), (base.stream() << 16) | 0xffff)
+}
+
+/// The stream of the noise on the embeddings in the forward pass that `base` numbers: beside that of the prefix.
+pub(super) fn noise_stream(base: Stream) -> Stream {
+    Stream::new(base.seed(), (base.stream() << 16) | 0xfffe)
+}
+
 impl Block {
     /// Activations for up to `rows` rows.
     ///
@@ -158,6 +169,7 @@ impl Block {
         &mut self,
         x: &Tensor,
         geometry: Geometry<'_>,
+        prefix: Option<PrefixGradients<'_>>,
         dropout: BlockDropout,
         activations: &BlockActivations,
         (scratch, backward): (&mut Scratch, &mut BackwardScratch),
@@ -193,6 +205,7 @@ impl Block {
             d_y,
             ALPHA,
             geometry,
+            prefix,
             dropout.attention(),
             attention,
             buffers,

@@ -231,6 +231,8 @@ impl<S: Source> Loader<'_, S> {
             } else {
                 None
             },
+            prefix: None,
+            neftune: 0.0,
             compute: self.options.compute,
             config: config.clone(),
         })

@@ -4,17 +4,19 @@ pub mod cache;
 pub mod config;
 pub mod glm;
 mod load;
+mod save;
 pub mod tune;
 pub mod workspace;
 
 pub use cache::KvCache;
 pub use config::ModelConfig;
 pub use load::{LoadOptions, Weights};
+use workspace::HeadBuffers;
 pub use workspace::Workspace;
 
 use crate::data::batch::Batch;
 use crate::error::Result;
-use crate::nn::{Keys, LayerNorm, Param};
+use crate::nn::{Keys, LayerNorm, Linear, Param, PrefixActivations, PrefixEncoder};
 use crate::ops::{self, WeightRef};
 use crate::rng::Stream;
 use crate::tensor::{Compute, DType, Device, Tensor, check_memory};
@@ -30,6 +32,10 @@ pub struct Model {
     final_layernorm: LayerNorm,
     /// The output matrix when it is not the embedding.
     lm_head: Option<Param>,
+    /// Of P-Tuning v2.
+    prefix: Option<PrefixEncoder>,
+    /// NEFTune's alpha; 0 is off.
+    neftune: f64,
 }
 
 /// The summed negative log-likelihood of supervised tokens.
@@ -46,6 +52,15 @@ impl Loss {
     pub fn mean(&self) -> f64 {
         self.nll_sum / self.tokens as f64
     }
+}
+
+/// How well the model foresaw one supervised token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenScore {
+    /// `ln p(label)`, in nats.
+    pub log_prob: f64,
+    /// Was no other token more probable?
+    pub correct: bool,
 }
 
 impl Model {
@@ -74,24 +89,29 @@ impl Model {
         self.lm_head.as_ref().map_or(&self.embedding.value, |p| &p.value)
     }
 
-    /// The largest LoRA rank of any layer.
-    fn max_rank(&self) -> usize {
-        let loras = self
-            .blocks
-            .iter()
-            .flat_map(Block::linears)
-            .filter_map(|(_, linear)| linear.lora.as_ref());
-        loras.map(|lora| lora.rank()).max().unwrap_or(0)
+    /// Adds noise to the embeddings in training (NEFTune, Jain et al. 2023): uniform in `±alpha / sqrt(S H)`, S being the
+    /// padded length of the batch, as in transformers. 0 turns it off.
+    ///
+    /// # Errors
+    /// Alpha is negative or not finite.
+    pub fn set_neftune(&mut self, alpha: f64) -> Result<()> {
+        if !alpha.is_finite() || alpha < 0.0 {
+            let remedy = "use 5 to 15, or 0 for none";
+            return Err(crate::error::Error::input(
+                "--neftune-alpha",
+                alpha,
+                "at least 0",
+                remedy,
+            ));
+        }
+        self.neftune = alpha;
+        Ok(())
     }
 
-    /// Does any adapter drop inputs out in training?
-    fn drops_out(&self) -> bool {
-        let loras = self
-            .blocks
-            .iter()
-            .flat_map(Block::linears)
-            .filter_map(|(_, linear)| linear.lora.as_ref());
-        loras.into_iter().any(|lora| lora.dropout > 0.0)
+    /// The linears of all blocks, in the order of the forward pass.
+    fn linears(&self) -> impl Iterator<Item = &Linear> + Clone {
+        let named = self.blocks.iter().flat_map(Block::linears);
+        named.map(|(_, linear)| linear)
     }
 
     /// Room for the activations of up to `max_size` sequences of up to `max_len` tokens. Made after
@@ -112,13 +132,28 @@ impl Model {
         // Per token and layer: two norms, query_key_value, context, dense and hidden; both sides of the GELU.
         let row = (config.num_layers + 6) * (8 * config.hidden_size + 2 * config.inner_hidden_size);
         if self.device() == Device::Cpu {
+            let rows = (row * self.dtype().size()) as u128 * max_size as u128 * max_len as u128;
             check_memory(
                 &format!("activations of {max_size} sequences of {max_len} tokens"),
-                (row * self.dtype().size()) as u128 * max_size as u128 * max_len as u128,
+                rows + self.prefix_bytes(max_size) as u128,
                 "lower --micro-batch-size or --max-length",
             )?;
         }
         Workspace::new(self, max_size, max_len)
+    }
+
+    /// What the workspace holds for a prefix: a layer's keys and values with their gradients, and the table of a projection
+    /// with its own.
+    fn prefix_bytes(&self, size: usize) -> usize {
+        let Some(prefix) = &self.prefix else { return 0 };
+        let (hidden, layers) = (self.config.hidden_size, self.config.num_layers);
+        let each = if prefix.dropout > 0.0 { size } else { 1 };
+        let table = if prefix.projection.is_some() {
+            4 * layers + 3
+        } else {
+            0
+        };
+        (4 * each + table) * prefix.len() * hidden * self.dtype().accumulator().size()
     }
 
     /// Runs the batch through all blocks and the final norm, keeping every activation in `ws`.
@@ -128,12 +163,24 @@ impl Model {
     pub fn forward(&self, ws: &mut Workspace, batch: &Batch, dropout: Option<Stream>) -> Result<()> {
         ws.load(batch)?;
         ops::embedding(&self.embedding.value, &ws.ids, &mut ws.hidden[0])?;
+        if let Some(pass) = dropout.filter(|_| self.neftune > 0.0) {
+            let bound = self.neftune / ((batch.len * self.config.hidden_size) as f64).sqrt();
+            ops::accumulate_noise(bound, glm::noise_stream(pass), &mut ws.hidden[0])?;
+        }
+        let of_prefix = dropout.map(glm::prefix_dropout);
+        if let (Some(encoder), Some(prefix)) = (&self.prefix, &mut ws.prefix) {
+            encoder.forward(prefix)?;
+        }
         for (i, block) in self.blocks.iter().enumerate() {
             let (before, after) = ws.hidden.split_at_mut(i + 1);
+            if let (Some(encoder), Some(prefix)) = (&self.prefix, &mut ws.prefix) {
+                encoder.layer(i, batch.size, of_prefix, prefix)?;
+            }
             let geometry = crate::nn::Geometry {
                 spans: &ws.spans,
                 positions: &ws.positions,
                 tables: &ws.tables,
+                prefix: ws.prefix.as_ref().map(PrefixActivations::prefix),
             };
             let dropout = dropout.map_or(BlockDropout::OFF, |base| BlockDropout::new(base, i));
             block.forward(
@@ -197,6 +244,27 @@ impl Model {
         })
     }
 
+    /// [`Model::loss`] token by token: the score of every supervised token, in the order of the batch's labels.
+    ///
+    /// # Errors
+    /// As [`Model::loss`].
+    pub fn token_scores(&self, ws: &mut Workspace, batch: &Batch) -> Result<Vec<TokenScore>> {
+        self.loss(ws, batch)?;
+        let HeadBuffers {
+            statistics, scores, ..
+        } = &mut ws.head;
+        scores.resize(statistics.shape())?;
+        scores.copy_from(statistics)?;
+        let scores = scores.to_f64_vec();
+        let rows = scores.chunks_exact(ops::STATISTICS);
+        Ok(rows
+            .map(|s| TokenScore {
+                log_prob: s[2] - s[0] - s[1].ln(),
+                correct: s[2] >= s[0],
+            })
+            .collect())
+    }
+
     /// The loss of a batch; adds `scale * d(nll_sum)/dθ` to the gradient of every parameter that has one.
     ///
     /// `dropout` numbers this forward pass: each adapter draws its mask from a stream derived from it.
@@ -243,7 +311,8 @@ impl Model {
         ops::scatter_rows(&ws.head.dx, &ws.labelled, &mut ws.d_norm)?;
 
         let embedding_trains = self.embedding.trains();
-        let lowest = if embedding_trains {
+        let prefix_trains = self.prefix.as_ref().is_some_and(PrefixEncoder::trains);
+        let lowest = if embedding_trains || prefix_trains {
             Some(0)
         } else {
             self.blocks.iter().position(Block::trains)
@@ -253,11 +322,23 @@ impl Model {
         self.final_layernorm
             .backward(&ws.hidden[layers], &ws.d_norm, &ws.final_layernorm, dx)?;
         let Some(lowest) = lowest else { return Ok(()) };
+        let size = ws.spans.extent(0);
+        let of_prefix = Some(glm::prefix_dropout(dropout));
+        if let (Some(encoder), Some(prefix)) = (&self.prefix, &mut ws.prefix) {
+            encoder.begin_backward(prefix)?;
+        }
         for i in (lowest..layers).rev() {
+            let (mut prefix, mut gradients) = (None, None);
+            if let (Some(encoder), Some(activations)) = (&self.prefix, &mut ws.prefix) {
+                encoder.layer(i, size, of_prefix, activations)?;
+                let (taken, over) = activations.prefix_and_gradients()?;
+                (prefix, gradients) = (Some(taken), over);
+            }
             let geometry = crate::nn::Geometry {
                 spans: &ws.spans,
                 positions: &ws.positions,
                 tables: &ws.tables,
+                prefix,
             };
             let buffers = (&mut ws.scratch, &mut ws.backward);
             let dropout = BlockDropout::new(dropout, i);
@@ -265,12 +346,19 @@ impl Model {
             self.blocks[i].backward(
                 &ws.hidden[i],
                 geometry,
+                gradients,
                 dropout,
                 &ws.blocks[i],
                 buffers,
                 &mut ws.d,
                 propagate,
             )?;
+            if let (Some(encoder), Some(prefix)) = (&mut self.prefix, &mut ws.prefix) {
+                encoder.backward_layer(i, of_prefix, prefix)?;
+            }
+        }
+        if let (Some(encoder), Some(prefix)) = (&mut self.prefix, &mut ws.prefix) {
+            encoder.backward(prefix)?;
         }
         if let Some(grad) = &mut self.embedding.grad {
             ops::embedding_backward(&ws.d, &ws.ids, grad)?;
@@ -303,6 +391,9 @@ impl Model {
         if let Some(head) = &self.lm_head {
             f("lm_head.weight", head);
         }
+        if let Some(prefix) = &self.prefix {
+            prefix.for_each_param(f);
+        }
     }
 
     /// [`Model::for_each_param`] with something that can fail; stops at the first error.
@@ -333,8 +424,11 @@ impl Model {
         }
         self.final_layernorm
             .for_each_param_mut("transformer.final_layernorm", f)?;
-        match &mut self.lm_head {
-            Some(head) => f("lm_head.weight", head),
+        if let Some(head) = &mut self.lm_head {
+            f("lm_head.weight", head)?;
+        }
+        match &mut self.prefix {
+            Some(prefix) => prefix.for_each_param_mut(f),
             None => Ok(()),
         }
     }
@@ -344,7 +438,9 @@ impl Model {
     pub fn decode_bytes(&self) -> usize {
         let mut bytes = 0;
         self.for_each_param(&mut |name, param| {
-            if self.lm_head.is_none() || name != "transformer.word_embeddings.weight" {
+            // The keys and values of a prefix are read, which are made of its parameters once.
+            let read = self.lm_head.is_none() || name != "transformer.word_embeddings.weight";
+            if read && !name.starts_with(crate::nn::PREFIX_ENCODER) {
                 bytes += param.value.byte_len();
             }
         });

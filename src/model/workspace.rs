@@ -4,9 +4,9 @@ use super::Model;
 use super::glm::{self, BackwardScratch, BlockActivations};
 use crate::data::batch::{Batch, IGNORE};
 use crate::error::{Error, Result};
-use crate::nn::{NormActivations, Scratch};
+use crate::nn::{NormActivations, PrefixActivations, Scratch};
 use crate::ops;
-use crate::tensor::Tensor;
+use crate::tensor::{Compute, Tensor};
 
 /// Logits of at most this many elements are held at once (64 MiB of f32); a larger vocabulary is taken in chunks.
 const LOGITS: usize = 1 << 24;
@@ -33,6 +33,8 @@ pub struct Workspace {
     pub(super) blocks: Vec<BlockActivations>,
     pub(super) final_layernorm: NormActivations,
     pub(super) head: HeadBuffers,
+    /// Of a model with a prefix.
+    pub(super) prefix: Option<PrefixActivations>,
     pub(super) scratch: Scratch,
     pub(super) backward: BackwardScratch,
     /// The gradient over the current hidden state.
@@ -48,6 +50,8 @@ pub(super) struct HeadBuffers {
     pub dx: Tensor,
     pub logits: Tensor,
     pub statistics: Tensor,
+    /// A copy of the statistics on the host.
+    pub scores: Tensor,
 }
 
 impl Workspace {
@@ -59,12 +63,6 @@ impl Workspace {
         let (config, compute) = (model.config(), model.compute());
         let (hidden, inner) = (config.hidden_size, config.inner_hidden_size);
         let rows = max_size * max_len;
-        let rank = model.max_rank();
-        let dropped = if model.drops_out() {
-            rows * inner.max(hidden)
-        } else {
-            0
-        };
         let logits = logits_elements(rows, config.vocab_size);
         let plane = || compute.zeros([rows, hidden]);
         Ok(Self {
@@ -91,11 +89,16 @@ impl Workspace {
                 dx: compute.accumulators([rows, hidden])?,
                 logits: compute.accumulators([logits])?,
                 statistics: compute.accumulators([rows, ops::STATISTICS])?,
+                scores: Compute::cpu(compute.dtype).accumulators([rows, ops::STATISTICS])?,
             },
-            scratch: Scratch {
-                dropped: compute.zeros([dropped])?,
-                du: compute.zeros([rows, rank])?,
+            prefix: match &model.prefix {
+                Some(encoder) => {
+                    let heads = [config.num_attention_heads, config.head_dim()];
+                    Some(encoder.activations(compute, max_size, heads, true)?)
+                }
+                None => None,
             },
+            scratch: Scratch::new(compute, rows, model.linears())?,
             backward: BackwardScratch::new(compute, rows, hidden, inner)?,
             d: plane()?,
             d_norm: plane()?,

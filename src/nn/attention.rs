@@ -2,13 +2,13 @@
 
 use super::{Linear, LinearActivations, Scratch};
 use crate::error::Result;
-use crate::ops;
+use crate::ops::{self, Prefix, PrefixGradients};
 use crate::rng::Stream;
 use crate::tensor::{Compute, Tensor};
 
 /// `dense(attention(rope(query_key_value(x))))`; rows of the qkv weight are interleaved per head: q, k, v of head 0, then
 /// of head 1, ...
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Attention {
     /// `[3 hidden, hidden]`.
     pub query_key_value: Linear,
@@ -47,7 +47,7 @@ pub enum Keys<'a> {
     },
 }
 
-/// What every layer needs to know of the batch.
+/// What a layer needs to know of the batch; all but the prefix is the same for every layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Geometry<'a> {
     /// Visibility of each sequence, `[B, 2]`, I32: see [`crate::data::batch::Span`].
@@ -56,6 +56,8 @@ pub struct Geometry<'a> {
     pub positions: &'a Tensor,
     /// Cosines and sines by position.
     pub tables: &'a Tensor,
+    /// Keys and values that this layer's queries see beside those of their sequence.
+    pub prefix: Option<Prefix<'a>>,
 }
 
 impl Attention {
@@ -106,7 +108,16 @@ impl Attention {
             .forward(x, None, dropout[0], qkv_linear, scratch, qkv)?;
         ops::rope(qkv, geometry.positions, geometry.tables, self.heads, false)?;
         match keys {
-            Keys::Own => ops::attention(qkv, geometry.spans, None, self.heads, context, log_sum_exp)?,
+            Keys::Own => {
+                ops::attention(
+                    qkv,
+                    geometry.spans,
+                    geometry.prefix,
+                    self.heads,
+                    context,
+                    log_sum_exp,
+                )?;
+            }
             Keys::Cache { keys, values, past } => {
                 let cache = (keys, values);
                 ops::attention_cached(
@@ -114,7 +125,7 @@ impl Attention {
                     cache,
                     past,
                     geometry.spans,
-                    None,
+                    geometry.prefix,
                     self.heads,
                     context,
                     log_sum_exp,
@@ -125,7 +136,7 @@ impl Attention {
             .forward(context, Some((alpha, x)), dropout[1], dense_linear, scratch, y)
     }
 
-    /// From `dy`: adds the parameters' gradients and writes `dx = … + alpha * dy` if asked for.
+    /// From `dy`: adds the parameters' gradients and those of the prefix, and writes `dx = … + alpha * dy` if asked for.
     ///
     /// `d_context [rows, hidden]` and `dqkv [rows, 3 hidden]` are scratch.
     ///
@@ -137,6 +148,7 @@ impl Attention {
         dy: &Tensor,
         alpha: f64,
         geometry: Geometry<'_>,
+        prefix: Option<PrefixGradients<'_>>,
         dropout: [Option<Stream>; 2],
         activations: &AttentionActivations,
         (scratch, d_context, dqkv): (&mut Scratch, &mut Tensor, &mut Tensor),
@@ -165,7 +177,7 @@ impl Attention {
             context,
             log_sum_exp,
             geometry.spans,
-            None,
+            geometry.prefix.zip(prefix),
             self.heads,
             dqkv,
         )?;

@@ -1,7 +1,8 @@
 //! A linear layer on dense or 4-bit weights, with an optional low-rank adapter.
 
 use super::Param;
-use crate::error::Result;
+use super::dora::{Dora, DoraScratch};
+use crate::error::{Error, Result};
 use crate::ops::{self, Adapter, WeightRef};
 use crate::quant::QuantTensor;
 use crate::rng::Stream;
@@ -26,8 +27,8 @@ impl Weight {
     }
 }
 
-/// LoRA (Hu et al. 2021): `scale * B A dropout(x)` added to the layer's output.
-#[derive(Debug, Clone)]
+/// LoRA (Hu et al. 2021): `scale * B A dropout(x)` added to the layer's output; or DoRA.
+#[derive(Debug)]
 pub struct Lora {
     /// `A [r, in]`.
     pub a: Param,
@@ -37,6 +38,10 @@ pub struct Lora {
     pub scale: f64,
     /// Probability that an element of x is dropped on its way into A, in training.
     pub dropout: f32,
+    /// The magnitudes, if this is DoRA.
+    pub dora: Option<Dora>,
+    /// `A` and `B` as PiSSA found them, F32 on the host, if W is what it left: `W₀ - scale B₀ A₀`.
+    pub found: Option<(Tensor, Tensor)>,
 }
 
 impl Lora {
@@ -44,10 +49,28 @@ impl Lora {
     pub fn rank(&self) -> usize {
         self.a.value.extent(0)
     }
+
+    /// Does any parameter of the adapter train?
+    pub fn trains(&self) -> bool {
+        let magnitude = self.dora.as_ref().is_some_and(|dora| dora.magnitude().trains());
+        self.a.trains() || self.b.trains() || magnitude
+    }
+
+    /// The parameters with the last parts of their names, in PEFT's order.
+    fn params(&self) -> impl Iterator<Item = (&'static str, &Param)> {
+        let magnitude = self
+            .dora
+            .as_ref()
+            .map(|dora| ("lora_magnitude_vector", dora.magnitude()));
+        [("lora_A.weight", &self.a), ("lora_B.weight", &self.b)]
+            .into_iter()
+            .chain(magnitude)
+    }
 }
 
-/// `y = x Wᵀ + bias + scale * dropout(x) Aᵀ Bᵀ`.
-#[derive(Debug, Clone)]
+/// `y = x Wᵀ + bias + scale * dropout(x) Aᵀ Bᵀ`; with DoRA, `y = x Wᵀ + bias + (g - 1) ⊙ (x̃ Wᵀ) + g ⊙ (scale x̃ Aᵀ Bᵀ)` with
+/// `x̃ = dropout(x)` and g the gain of [`Dora`].
+#[derive(Debug)]
 pub struct Linear {
     /// `W [out, in]`.
     pub weight: Weight,
@@ -62,6 +85,8 @@ pub struct Linear {
 pub struct LinearActivations {
     /// `u = dropout(x) Aᵀ [rows, r]`.
     pub u: Option<Tensor>,
+    /// With DoRA `z = dropout(x) Wᵀ + scale * u Bᵀ [rows, out]`.
+    pub z: Option<Tensor>,
 }
 
 /// Buffers that all layers share, one layer at a time.
@@ -71,6 +96,32 @@ pub struct Scratch {
     pub dropped: Tensor,
     /// `du [rows, r]`.
     pub du: Tensor,
+    /// What DoRA needs.
+    pub dora: DoraScratch,
+}
+
+impl Scratch {
+    /// For passes of up to `rows` rows through `linears`.
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn new<'a>(
+        compute: Compute,
+        rows: usize,
+        linears: impl Iterator<Item = &'a Linear> + Clone,
+    ) -> Result<Self> {
+        let adapted = linears
+            .clone()
+            .filter_map(|l| Some((l.extents().1, l.lora.as_ref()?)));
+        let rank = adapted.clone().map(|(_, lora)| lora.rank()).max();
+        let dropped = adapted.filter(|(_, lora)| lora.dropout > 0.0);
+        let dropped = dropped.map(|(input, _)| input).max();
+        Ok(Self {
+            dropped: compute.zeros([rows * dropped.unwrap_or(0)])?,
+            du: compute.zeros([rows * rank.unwrap_or(0)])?,
+            dora: DoraScratch::new(compute, rows, linears)?,
+        })
+    }
 }
 
 impl Linear {
@@ -84,14 +135,20 @@ impl Linear {
     /// # Errors
     /// The device has no room.
     pub fn activations(&self, compute: Compute, rows: usize) -> Result<LinearActivations> {
-        let u = self.lora.as_ref().map(|lora| compute.zeros([rows, lora.rank()]));
-        Ok(LinearActivations { u: u.transpose()? })
+        let lora = self.lora.as_ref();
+        let u = lora.map(|lora| compute.zeros([rows, lora.rank()]));
+        let dora = lora.filter(|lora| lora.dora.is_some());
+        let z = dora.map(|_| compute.zeros([rows, self.extents().0]));
+        Ok(LinearActivations {
+            u: u.transpose()?,
+            z: z.transpose()?,
+        })
     }
 
     /// Does any parameter of the layer train?
     pub fn trains(&self) -> bool {
         let weight = matches!(&self.weight, Weight::Dense(p) if p.trains());
-        let lora = self.lora.as_ref().is_some_and(|l| l.a.trains() || l.b.trains());
+        let lora = self.lora.as_ref().is_some_and(Lora::trains);
         weight || lora || self.bias.as_ref().is_some_and(Param::trains)
     }
 
@@ -109,9 +166,10 @@ impl Linear {
         y: &mut Tensor,
     ) -> Result<()> {
         let (weight, bias) = (self.weight.as_ref(), self.bias.as_ref().map(|b| &b.value));
-        let (Some(lora), Some(u)) = (&self.lora, &mut activations.u) else {
+        let Some(lora) = &self.lora else {
             return ops::linear(x, weight, bias, residual, y);
         };
+        let u = activations.u.as_mut().ok_or_else(no_room)?;
         u.resize([x.extent(0), lora.rank()])?;
         let seen = match dropout {
             Some(stream) if lora.dropout > 0.0 => {
@@ -127,7 +185,24 @@ impl Linear {
             u,
             matrix: &lora.b.value,
         };
-        ops::linear_adapted(x, weight, bias, residual, adapter, y)
+        let Some(z) = &mut activations.z else {
+            return ops::linear_adapted(x, weight, bias, residual, adapter, y);
+        };
+        z.resize(y.shape())?;
+        ops::linear_adapted(seen, weight, None, None, adapter, z)?;
+        if let Some(stream) = dropout.filter(|_| lora.dropout > 0.0) {
+            // x Wᵀ - x̃ Wᵀ is one product.
+            ops::dropout_rest(x, lora.dropout, stream, &mut scratch.dropped)?;
+            ops::linear(&scratch.dropped, weight, bias, residual, y)?;
+            lora.with_gain(weight, &mut scratch.dora, |gain, _| {
+                ops::accumulate_scaled_columns(z, gain, y)
+            })?;
+        } else {
+            lora.with_gain(weight, &mut scratch.dora, |gain, _| {
+                ops::scale_columns(z, gain, 0.0, bias, residual, y)
+            })?;
+        }
+        Ok(())
     }
 
     /// From `dy [M, out]`: adds the parameters' gradients, and writes `dx = dy W + … + alpha * residual` if asked for.
@@ -151,16 +226,31 @@ impl Linear {
             ops::accumulate_column_sums(dy, db)?;
         }
         let weight = self.weight.as_ref();
-        let (Some(lora), Some(u)) = (&mut self.lora, &activations.u) else {
+        let Some(lora) = &mut self.lora else {
             return match dx {
                 Some(dx) => ops::linear_backward_input(dy, weight, residual, dx),
                 None => Ok(()),
             };
         };
+        let u = activations.u.as_ref().ok_or_else(no_room)?;
         let dropout = dropout.filter(|_| lora.dropout > 0.0);
-        let Scratch { dropped, du } = scratch;
+        let Scratch { dropped, du, dora } = scratch;
         du.resize([dy.extent(0), lora.rank()])?;
-        ops::matmul(lora.scale, (dy, false), (&lora.b.value, false), 0.0, du)?;
+        // The gradient over x Wᵀ + scale u Bᵀ: dy itself, or with DoRA g ⊙ dy.
+        let dz = match &activations.z {
+            None => dy,
+            Some(z) => {
+                lora.with_gain(weight, dora, |gain, dora| {
+                    let dz = dora.dz_rows(dy.extent(0), dy.extent(1))?;
+                    ops::scale_columns(dy, gain, 0.0, None, None, dz)
+                })?;
+                if let Some((Some(dm), inverse)) = lora.dora.as_mut().map(Dora::gradient_mut) {
+                    ops::accumulate_column_products(dy, z, inverse, dm)?;
+                }
+                &dora.dz
+            }
+        };
+        ops::matmul(lora.scale, (dz, false), (&lora.b.value, false), 0.0, du)?;
         let adapter = Adapter {
             scale: 1.0,
             u: du,
@@ -168,11 +258,11 @@ impl Linear {
         };
         match (dx.as_deref_mut(), dropout) {
             (None, _) => {}
-            (Some(dx), None) => ops::linear_backward_input_adapted(dy, weight, residual, adapter, dx)?,
+            (Some(dx), None) => ops::linear_backward_input_adapted(dz, weight, residual, adapter, dx)?,
             (Some(dx), Some(_)) => ops::linear_backward_input(dy, weight, residual, dx)?,
         }
         if let Some(db) = &mut lora.b.grad {
-            ops::matmul(lora.scale, (dy, true), (u, false), 1.0, db)?;
+            ops::matmul(lora.scale, (dz, true), (u, false), 1.0, db)?;
         }
         if let Some(da) = &mut lora.a.grad {
             let x = match dropout {
@@ -187,7 +277,16 @@ impl Linear {
         }
         if let (Some(dx), Some(stream)) = (dx, dropout) {
             dropped.resize(dx.shape())?;
-            ops::matmul(1.0, (du, false), (&lora.a.value, false), 0.0, dropped)?;
+            if activations.z.is_some() {
+                // x has gone through W as it is, x̃ once more: (g - 1) ⊙ dy.
+                lora.with_gain(weight, dora, |gain, dora| {
+                    let dz = dora.dz_rows(dy.extent(0), dy.extent(1))?;
+                    ops::scale_columns(dy, gain, -1.0, None, None, dz)?;
+                    ops::linear_backward_input_adapted(dz, weight, None, adapter, dropped)
+                })?;
+            } else {
+                ops::matmul(1.0, (du, false), (&lora.a.value, false), 0.0, dropped)?;
+            }
             ops::accumulate_dropout(dropped, lora.dropout, stream, dx)?;
         }
         Ok(())
@@ -202,8 +301,9 @@ impl Linear {
             f(&format!("{name}.bias"), p);
         }
         if let Some(lora) = &self.lora {
-            f(&format!("base_model.model.{name}.lora_A.weight"), &lora.a);
-            f(&format!("base_model.model.{name}.lora_B.weight"), &lora.b);
+            for (part, param) in lora.params() {
+                f(&format!("base_model.model.{name}.{part}"), param);
+            }
         }
     }
 
@@ -222,7 +322,22 @@ impl Linear {
         if let Some(lora) = &mut self.lora {
             f(&format!("base_model.model.{name}.lora_A.weight"), &mut lora.a)?;
             f(&format!("base_model.model.{name}.lora_B.weight"), &mut lora.b)?;
+            if let Some(dora) = &mut lora.dora {
+                f(
+                    &format!("base_model.model.{name}.lora_magnitude_vector"),
+                    dora.magnitude_mut(),
+                )?;
+            }
         }
         Ok(())
+    }
+}
+
+/// An adapter is never passed over because its activations were made for a layer without one.
+fn no_room() -> Error {
+    Error::Shape {
+        operation: "Linear",
+        found: "activations of a layer without an adapter".to_string(),
+        expected: "those of a layer with one".to_string(),
     }
 }

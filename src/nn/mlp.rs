@@ -7,7 +7,7 @@ use crate::rng::Stream;
 use crate::tensor::{Compute, Tensor};
 
 /// `dense_4h_to_h(gelu(dense_h_to_4h(x)))`.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Mlp {
     /// `[inner, hidden]`.
     pub dense_h_to_4h: Linear,

@@ -5,14 +5,19 @@
 //! gradient, and only then is its gradient computed.
 
 mod attention;
+mod dora;
 mod linear;
 mod mlp;
 mod norm;
+mod prefix;
 
 pub use attention::{Attention, AttentionActivations, Geometry, Keys};
+pub use dora::{Dora, DoraScratch};
 pub use linear::{Linear, LinearActivations, Lora, Scratch, Weight};
 pub use mlp::{Mlp, MlpActivations};
 pub use norm::{LayerNorm, NormActivations};
+pub(crate) use prefix::PREFIX_ENCODER;
+pub use prefix::{PrefixActivations, PrefixEncoder, Projection};
 
 use crate::error::Result;
 use crate::tensor::Tensor;

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use glmtune::checkpoint::Checkpoint;
 use glmtune::data::batch::{Batch, Span};
-use glmtune::model::{LoadOptions, Model, Workspace, glm};
+use glmtune::model::{LoadOptions, Model, Workspace, glm, tune};
 use glmtune::ops;
 use glmtune::tensor::{Compute, DType, Tensor};
 
 use crate::common::{
-    Tensors, assert_close, exact_computes, golden, half_computes, host, read_safetensors, tolerance, values,
+    Tensors, assert_close, exact_computes, golden, half_computes, host, prefix_folder, read_safetensors,
+    tolerance, values,
 };
 
 /// Opens a checkpoint folder of the set.
@@ -186,10 +187,6 @@ fn check_file(path: &Path, compute: Compute) -> bool {
     if !tensors.contains_key("input_ids") {
         return false;
     }
-    if name.starts_with("prefix") {
-        eprintln!("SKIPPED: forward/{name}: P-Tuning prefixes are not built yet");
-        return false;
-    }
     let untied = name.starts_with("untied");
     let checkpoint = if untied {
         "chatglm_v1/checkpoint_untied_fp16_safetensors"
@@ -200,9 +197,16 @@ fn check_file(path: &Path, compute: Compute) -> bool {
         compute,
         ..LoadOptions::default()
     };
-    let Some(model) = load(checkpoint, &options) else {
+    let Some(mut model) = load(checkpoint, &options) else {
         return false;
     };
+    if name.starts_with("prefix") {
+        let kind = name.rsplit_once('_').expect("prefix_<kind>_<batch>").0;
+        let Some(weights) = golden(&format!("chatglm_v1/forward/{kind}_weights.safetensors")) else {
+            return false;
+        };
+        tune::load_adapter(&mut model, prefix_folder(&weights).path(), false).unwrap();
+    }
     let case = Case {
         name,
         tensors: &tensors,

@@ -13,7 +13,7 @@ use glmtune::tensor::{Compute, Tensor};
 use glmtune::tokenizer::{Special, Tokenizer};
 use serde_json::{Map, Value};
 
-use crate::common::{assert_close, exact_computes, golden, read_safetensors, tolerance};
+use crate::common::{assert_close, exact_computes, golden, prefix_folder, read_safetensors, tolerance};
 use crate::forward::load;
 
 const FOLDER: &str = "chatglm_v1/generation";
@@ -175,7 +175,7 @@ fn greedy(model: &Model, batch: &Batch, new_tokens: usize, eos: u32) -> (Vec<Vec
     (sequences, logits)
 }
 
-/// The model of a golden case, or `None` with a loud line when it needs a method that glmtune does not have yet.
+/// The model of a golden case, or `None` with a loud line when the set lacks it.
 fn model_of(name: &str, compute: Compute) -> Option<Model> {
     let options = LoadOptions {
         compute,
@@ -208,9 +208,10 @@ fn model_of(name: &str, compute: Compute) -> Option<Model> {
         );
         return Some(model);
     }
-    if name.starts_with("ptuning") {
-        eprintln!("SKIPPED: greedy cases of the model {name}: P-Tuning v2 is not there yet");
-        return None;
+    if name == "ptuning" {
+        let weights = golden("chatglm_v1/trajectories/ptuning_embed/final_prefix_encoder.safetensors")?;
+        tune::load_adapter(&mut model, prefix_folder(&weights).path(), false).unwrap();
+        return Some(model);
     }
     let adapter = golden(&format!("chatglm_v1/trajectories/{name}/final_adapter"))?;
     tune::load_adapter(&mut model, &adapter, false).unwrap();

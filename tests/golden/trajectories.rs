@@ -6,7 +6,7 @@ use glmtune::checkpoint::Checkpoint;
 use glmtune::config::LossReduction;
 use glmtune::data::batch::{Batch, Span};
 use glmtune::model::{LoadOptions, Model, ModelConfig, Weights, tune};
-use glmtune::optim::AdamWConfig;
+use glmtune::optim::OptimizerConfig;
 use glmtune::quant::QuantType;
 use glmtune::schedule::{Schedule, Scheduler};
 use glmtune::tensor::{Compute, DType, Tensor};
@@ -17,10 +17,10 @@ use crate::common::{
     assert_close, exact_computes, golden, half_computes, read_safetensors, relative_l2, tolerance, values,
 };
 
-const FOLDER: &str = "chatglm_v1/trajectories";
+pub const FOLDER: &str = "chatglm_v1/trajectories";
 
 /// Sequences `[B, S]` as the official model sees them without mask and positions: derived from the ids.
-fn batch(config: &ModelConfig, ids: &[i64], labels: &[i64], len: usize) -> Batch {
+pub fn batch(config: &ModelConfig, ids: &[i64], labels: &[i64], len: usize) -> Batch {
     let narrow = |x: &[i64]| x.iter().map(|&x| x as i32).collect::<Vec<_>>();
     let size = ids.len() / len;
     let (mut positions, mut spans) = (Vec::new(), Vec::new());
@@ -50,7 +50,7 @@ fn batch(config: &ModelConfig, ids: &[i64], labels: &[i64], len: usize) -> Batch
     }
 }
 
-fn numbers(value: &Value) -> Vec<f64> {
+pub fn numbers(value: &Value) -> Vec<f64> {
     value
         .as_array()
         .expect("a list")
@@ -59,7 +59,7 @@ fn numbers(value: &Value) -> Vec<f64> {
         .collect()
 }
 
-fn load(kind: &str, compute: Compute) -> Option<Model> {
+pub fn load(kind: &str, compute: Compute) -> Option<Model> {
     let dir = golden("chatglm_v1/checkpoint_fp32_safetensors")
         .or_else(|| golden("chatglm_v1/checkpoint_fp16_bin"))?;
     let weights = match kind {
@@ -79,28 +79,32 @@ fn load(kind: &str, compute: Compute) -> Option<Model> {
 }
 
 /// The steps of a run: losses, gradient norms, learning rates; and the trainer after the last.
-struct Walk {
-    trainer: Trainer,
-    losses: Vec<f64>,
-    norms: Vec<f64>,
-    rates: Vec<f64>,
+pub struct Walk {
+    pub trainer: Trainer,
+    pub losses: Vec<f64>,
+    pub norms: Vec<f64>,
+    pub rates: Vec<f64>,
     /// Gradients of the first step by name, before clipping.
-    first: Vec<(String, Vec<f64>)>,
+    pub first: Vec<(String, Vec<f64>)>,
 }
 
-fn trajectory(dir: &Path) -> Value {
+pub fn trajectory(dir: &Path) -> Value {
     let text = std::fs::read_to_string(dir.join("trajectory.json")).unwrap();
     serde_json::from_str(&text).unwrap()
 }
 
 fn walk(run: &str, dir: &Path, compute: Compute) -> Option<Walk> {
-    let text = std::fs::read_to_string(dir.join("trajectory.json")).unwrap();
-    let want: Value = serde_json::from_str(&text).unwrap();
+    let want = trajectory(dir);
+    let mut model = load(want["hyperparameters"]["kind"].as_str().unwrap(), compute)?;
+    tune::load_adapter(&mut model, &dir.join("initial_adapter"), true).unwrap();
+    Some(walk_on(model, run, dir))
+}
+
+/// The steps of a run, from a model that trains.
+pub fn walk_on(model: Model, run: &str, dir: &Path) -> Walk {
+    let want = trajectory(dir);
     let h = &want["hyperparameters"];
     let number = |key: &str| h[key].as_f64();
-
-    let mut model = load(h["kind"].as_str().unwrap(), compute)?;
-    tune::load_adapter(&mut model, &dir.join("initial_adapter"), true).unwrap();
     let config = model.config().clone();
     let batches = read_safetensors(&dir.join("batches.safetensors"));
     let (ids, labels) = (&batches["input_ids"], &batches["labels"]);
@@ -112,18 +116,20 @@ fn walk(run: &str, dir: &Path, compute: Compute) -> Option<Walk> {
 
     let schedule = h["schedule"].as_str().unwrap();
     let options = Options {
-        adamw: AdamWConfig {
+        optimizer: OptimizerConfig {
             beta1: h["betas"][0].as_f64().unwrap(),
             beta2: h["betas"][1].as_f64().unwrap(),
             epsilon: number("eps").unwrap(),
             weight_decay: number("weight_decay").unwrap(),
-            exclude_bias_and_norm: true,
+            exclude_bias_and_norm: h["hf_groups"] == true,
+            ..OptimizerConfig::default()
         },
         schedule: Schedule {
             scheduler: Scheduler::ALL.into_iter().find(|s| s.name() == schedule).unwrap(),
             base: number("lr").unwrap(),
             warmup_steps: h["warmup_steps"].as_u64().unwrap_or(0),
             total_steps: steps as u64,
+            ..Schedule::default()
         },
         max_grad_norm: number("max_grad_norm").unwrap_or(0.0),
         reduction: LossReduction::MicroBatch,
@@ -150,13 +156,13 @@ fn walk(run: &str, dir: &Path, compute: Compute) -> Option<Walk> {
             });
         }
     }
-    Some(Walk {
+    Walk {
         trainer,
         losses,
         norms,
         rates,
         first,
-    })
+    }
 }
 
 fn check(run: &str, dir: &Path, compute: Compute) -> Option<()> {

@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::time::{Duration, SystemTime};
 
 use super::*;
@@ -238,12 +239,11 @@ fn a_folder_that_cannot_be_written_names_the_remedy() {
 fn two_writers_do_not_meet() {
     let root = tempfile::tempdir().unwrap();
     let output = root.path().join("out");
-    let first = Partial::create(&output).unwrap();
-    let error = Partial::create(&output)
-        .err()
-        .expect("the folder is being written")
+    let first = PartialFolder::create(&output).unwrap();
+    let error = PartialFolder::create(&output)
+        .expect_err("the folder is being written")
         .to_string();
     assert!(error.contains("another glmtune"), "{error}");
     drop(first);
-    assert!(Partial::create(&output).is_ok());
+    assert!(PartialFolder::create(&output).is_ok());
 }
