@@ -4,6 +4,14 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::tensor::{Compute, DType, Device};
 
+/// The most bytes of tensors that `device` has held so far; `None` for the CPU, whose memory the system counts.
+pub fn peak_device_bytes(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => None,
+        Device::Cuda(_) => Some(cuda::held_bytes().1),
+    }
+}
+
 /// Where and in which type to compute.
 ///
 /// `device`: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`. `dtype`: `auto` (bf16 on cards of

@@ -12,9 +12,11 @@ fn help_lists_every_command_and_every_flag_is_documented() {
     let help = text(&output.stdout);
     for command in [
         "train",
+        "eval",
         "generate",
         "chat",
         "quantize",
+        "report",
         "inspect",
         "synth",
         "bench",
@@ -58,7 +60,8 @@ fn a_wrong_command_line_ends_with_2() {
     assert!(line.contains("--model is missing"), "{line}");
     let all = ["train", "--model", "m", "--data", "d.json", "--output", "o"];
     for (extra, expected) in [
-        (&["--method", "full"][..], "not there yet"),
+        (&["--method", "freeze", "--dora"][..], "--dora belongs to"),
+        (&["--eval-samples", "3"], "needs evaluation data"),
         (&["--lora-r", "0"], "--lora-r: found 0"),
         (&["--learning-rate", "-1"], "expected a number above 0"),
         (&["--resume", "--overwrite"], "give one of them"),

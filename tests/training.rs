@@ -10,7 +10,7 @@ use glmtune::config::LossReduction;
 use glmtune::data::batch::{Batch, IGNORE, Span};
 use glmtune::error::Error;
 use glmtune::model::{LoadOptions, Model, ModelConfig, Weights, tune};
-use glmtune::optim::AdamWConfig;
+use glmtune::optim::OptimizerConfig;
 use glmtune::quant::QuantType;
 use glmtune::rng::Stream;
 use glmtune::schedule::{Schedule, Scheduler};
@@ -37,15 +37,16 @@ fn checkpoint() -> Option<PathBuf> {
 
 fn options() -> Options {
     Options {
-        adamw: AdamWConfig {
+        optimizer: OptimizerConfig {
             weight_decay: 0.01,
-            ..AdamWConfig::default()
+            ..OptimizerConfig::default()
         },
         schedule: Schedule {
             scheduler: Scheduler::Cosine,
             base: 5e-3,
             warmup_steps: 2,
             total_steps: 10,
+            ..Schedule::default()
         },
         max_grad_norm: 1.0,
         reduction: LossReduction::Token,
@@ -71,13 +72,14 @@ fn model(compute: Compute, dropout: f64) -> Option<Model> {
     let targets = tune::LoraTarget::ALL.to_vec();
     tune::apply(
         &mut model,
-        &tune::Tuning::Lora {
+        &tune::Tuning::Lora(tune::LoraConfig {
             r: 4,
             alpha: 8.0,
             dropout,
             rslora: false,
             targets,
-        },
+            ..tune::LoraConfig::default()
+        }),
         3,
     )
     .unwrap();
@@ -99,6 +101,7 @@ fn adapter_config() -> AdapterConfig {
             .map(|t| t.name().to_string())
             .collect(),
         use_rslora: false,
+        ..AdapterConfig::default()
     }
 }
 
@@ -191,11 +194,11 @@ fn the_loss_falls_on(compute: Compute) {
         return;
     };
     let batches = micro_batches(trainer.model().config(), 0);
-    let before = trainer.evaluate(&batches).unwrap();
+    let before = trainer.evaluate(&batches).unwrap().loss;
     for _ in 0..10 {
         trainer.step(&batches).unwrap();
     }
-    let after = trainer.evaluate(&batches).unwrap();
+    let after = trainer.evaluate(&batches).unwrap().loss;
     assert!(after < 0.9 * before, "{before} -> {after}");
 }
 
@@ -257,7 +260,9 @@ fn a_resumed_run_is_the_uninterrupted_run_to_the_bit_on(compute: Compute) {
     tune::load_adapter(&mut base, &place, true).unwrap();
     let mut resumed = Trainer::new(base, options(), SIZE, LONGEST).unwrap();
     resumed.optimizer_mut().load(&place.join(OPTIMIZER)).unwrap();
-    resumed.set_loss_scale(RunState::read(&place).unwrap().loss_scale);
+    let state = RunState::read(&place).unwrap();
+    resumed.set_steps(state.step);
+    resumed.set_loss_scale(state.loss_scale);
     for step in 5..8 {
         assert_eq!(
             resumed.step(&micro_batches(&config, step)).unwrap(),
@@ -354,6 +359,11 @@ fn a_value_that_is_no_number_stops_the_run_and_names_its_layer_on(compute: Compu
         adapter_bits(&trainer) == before,
         "a step that failed has changed the adapter"
     );
+    // Left out, it counts for schedule and data, and neither for the optimizer nor against the loss scale.
+    trainer.skip();
+    assert_eq!((trainer.steps(), trainer.optimizer().steps()), (1, 0));
+    let scale = trainer.loss_scale().map(|s| s.scale);
+    assert!(scale.is_none_or(|scale| scale == 65536.0), "{scale:?}");
 }
 
 #[test]
@@ -362,10 +372,42 @@ fn a_step_without_a_supervised_token_is_an_error() {
     let Some(mut trainer) = trainer(Compute::cpu(DType::F32), 0.0, options()) else {
         return;
     };
-    let mut batch = batch(trainer.model().config(), 0, &[(4, 4)]);
-    batch.labels.fill(IGNORE);
-    let message = trainer.step(&[batch]).unwrap_err().to_string();
+    let whole = batch(trainer.model().config(), 0, &[(4, 4)]);
+    let mut masked = whole.clone();
+    masked.labels.fill(IGNORE);
+    let message = trainer
+        .step(std::slice::from_ref(&masked))
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("no supervised token"), "{message}");
+    // One among others is passed over and counted; whatever the reduction, the others' mean is the loss.
+    for reduction in [LossReduction::Token, LossReduction::MicroBatch] {
+        let options = Options {
+            reduction,
+            ..options()
+        };
+        let step = |batches: &[Batch]| {
+            let mut trainer = self::trainer(Compute::cpu(DType::F32), 0.0, options).unwrap();
+            trainer.step(batches).unwrap()
+        };
+        let (alone, beside) = (
+            step(std::slice::from_ref(&whole)),
+            step(&[masked.clone(), whole.clone()]),
+        );
+        assert_eq!((alone.masked, beside.masked), (0, 1));
+        assert_eq!((alone.loss, alone.grad_norm), (beside.loss, beside.grad_norm));
+        let total: f64 = beside.groups.iter().map(|(_, norm)| norm * norm).sum();
+        assert!(
+            (total.sqrt() - beside.grad_norm).abs() < 1e-9 * beside.grad_norm,
+            "{:?}",
+            beside.groups
+        );
+        assert!(
+            beside.groups.iter().any(|(group, _)| group == "layers.0"),
+            "{:?}",
+            beside.groups
+        );
+    }
 }
 
 #[test]

@@ -116,7 +116,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
 }
 
 /// Looks at the place of the answers before they are computed.
-fn check_output(output: &Path, overwrite: bool) -> Result<()> {
+pub(super) fn check_output(output: &Path, overwrite: bool) -> Result<()> {
     let wrong = |path: &Path, found: &str, expected: &str, remedy: &str| {
         Err(Error::input(path.display(), found, expected, remedy))
     };

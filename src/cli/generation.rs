@@ -7,14 +7,14 @@ use clap::{Args, ValueEnum};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::{is_quantized, open_or_quantize};
 use crate::compute;
-use crate::config::{Method, RunConfig};
+use crate::config::RunConfig;
 use crate::data::template;
 use crate::error::{Error, Result};
 use crate::generate::GenerationConfig;
 use crate::model::{LoadOptions, Model, Weights, tune};
 use crate::quant::QuantType;
 use crate::tokenizer::Tokenizer;
-use crate::train::{Checkpoints, RunState, of_weights, preparing_weights};
+use crate::train::{Checkpoints, RunState, base_fingerprint, preparing_weights};
 
 /// How the base weights are held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -35,6 +35,9 @@ pub struct ModelArgs {
     /// Folder of a trained adapter
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Multiplies the adapter's effect: 0 is the base, 1 as trained, between them less of it (LoRA only)
+    #[arg(long, value_name = "FACTOR", requires = "adapter")]
+    pub adapter_scale: Option<f64>,
     /// Hold the base weights as stored or in 4 bits [default: as the adapter was trained]
     #[arg(long, value_name = "HOW")]
     pub load_in: Option<LoadIn>,
@@ -108,6 +111,16 @@ impl SamplingArgs {
 /// # Errors
 /// Whatever is wrong with a file, and a tokenizer or adapter of another model.
 pub fn load(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
+    let (mut model, tokenizer) = load_base(args)?;
+    attach_adapter(args, &mut model)?;
+    Ok((model, tokenizer))
+}
+
+/// [`load`] without the adapter; the weights are held as the adapter was trained on them.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_base(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
     let run = match &args.adapter {
         Some(dir) => TrainedOn::read(dir)?,
         None => TrainedOn::default(),
@@ -120,7 +133,7 @@ pub fn load(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
         LoadIn::Stored
     });
     if let Some(base) = &run.base {
-        warn_of_another_base(args, base)?;
+        warn_of_another_base(args, base, &run.merged)?;
     }
     let (checkpoint, how) = match load_in {
         LoadIn::Stored => (Checkpoint::open(&args.model)?, "as stored".to_string()),
@@ -157,16 +170,30 @@ pub fn load(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
         args.model.display(),
         compute::describe(compute)?
     );
-    if let Some(dir) = &args.adapter {
-        let config = tune::load_adapter(&mut model, dir, false)?;
-        eprintln!(
-            "adapter: {} (r {}, {})",
-            dir.display(),
-            config.r,
-            config.target_modules.join(", ")
-        );
+    // The adapter was trained on a base into which others had been merged: it is nothing without them.
+    for dir in &run.merged {
+        let merged = tune::merge_adapter(&mut model, dir)?;
+        eprintln!("merged {}: {merged}", dir.display());
     }
     Ok((model, tokenizer))
+}
+
+/// Puts the adapter of `args` on the model, if there is one.
+///
+/// # Errors
+/// An adapter of another model, or a file of it that cannot be used.
+pub fn attach_adapter(args: &ModelArgs, model: &mut Model) -> Result<()> {
+    if let Some(dir) = &args.adapter {
+        let what = match tune::load_adapter(model, dir, false)? {
+            tune::Loaded::Lora(config) => format!("r {}, {}", config.r, config.target_modules.join(", ")),
+            tune::Loaded::Prefix(config) => format!("a prefix of {}", config.pre_seq_len),
+        };
+        eprintln!("adapter: {} ({what})", dir.display());
+        if let Some(factor) = args.adapter_scale {
+            tune::scale_adapter(model, factor)?;
+        }
+    }
+    Ok(())
 }
 
 /// What the `run.toml` beside an adapter says about the base weights it was trained on.
@@ -175,15 +202,17 @@ struct TrainedOn {
     quant_type: QuantType,
     double_quant: bool,
     cache_dir: Option<PathBuf>,
+    /// Adapters that were merged into the base before.
+    merged: Vec<PathBuf>,
     /// The fingerprint of the base weights, where a checkpoint of the run still tells it.
     base: Option<String>,
 }
 
 /// Shapes tell an adapter of another size apart, not one of another model of the same size.
-fn warn_of_another_base(args: &ModelArgs, base: &str) -> Result<()> {
+fn warn_of_another_base(args: &ModelArgs, base: &str, merged: &[PathBuf]) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.model)?;
     checkpoint.validate()?;
-    if !is_quantized(&checkpoint) && of_weights(&checkpoint)? != base {
+    if !is_quantized(&checkpoint) && base_fingerprint(&checkpoint, merged)? != base {
         eprintln!(
             "warning: the weights in {} are not those that the adapter was trained on: its answers may be useless",
             args.model.display()
@@ -200,6 +229,7 @@ impl Default for TrainedOn {
             quant_type: QuantType::Nf4,
             double_quant: true,
             cache_dir: None,
+            merged: Vec::new(),
             base: None,
         }
     }
@@ -221,7 +251,7 @@ impl TrainedOn {
         let checkpoint = newest.map_or_else(|| adapter.to_path_buf(), |(_, place)| place);
         let run = RunConfig::read(&path)?;
         Ok(Self {
-            four_bits: run.method == Method::Qlora,
+            four_bits: run.in_four_bits(),
             quant_type: if run.quant_type == "fp4" {
                 QuantType::Fp4
             } else {
@@ -229,6 +259,7 @@ impl TrainedOn {
             },
             double_quant: !run.no_double_quant,
             cache_dir: run.cache_dir,
+            merged: run.merge_adapters,
             // Only for a warning: a state that cannot be read is no reason to stop.
             base: RunState::read(&checkpoint).ok().map(|state| state.base),
         })

@@ -10,6 +10,7 @@ use crate::checkpoint::quantized::{CACHE_FILE, CacheRecord};
 use crate::checkpoint::{Checkpoint, LM_HEAD, read_adapter, read_tensors};
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
+use crate::model::tune::{self, Loaded, PrefixConfig};
 use crate::quant::QuantTensor;
 use crate::tensor::{Shape, Tensor};
 
@@ -94,6 +95,8 @@ fn inspect(path: &Path) -> Result<Report> {
         file(path)
     } else if path.join("adapter_config.json").exists() {
         adapter(path)
+    } else if let Ok(Loaded::Prefix(prefix)) = tune::adapter_kind(path) {
+        self::prefix(path, &prefix)
     } else if path.join("config.json").exists() {
         model(path)
     } else {
@@ -194,8 +197,22 @@ fn adapter(path: &Path) -> Result<Report> {
     };
     facts.insert("scaling".into(), json!(config.lora_alpha / root));
     facts.insert("use_rslora".into(), json!(config.use_rslora));
+    facts.insert("use_dora".into(), json!(config.use_dora));
     facts.insert("target_modules".into(), json!(config.target_modules));
+    if !config.modules_to_save.is_empty() {
+        facts.insert("modules_to_save".into(), json!(config.modules_to_save));
+    }
     lora_facts(&mut facts, &tensors);
+    let rows = plain_rows(&tensors);
+    totals(&mut facts, &rows);
+    Ok(Report { facts, rows })
+}
+
+fn prefix(path: &Path, prefix: &PrefixConfig) -> Result<Report> {
+    let tensors = read_tensors(&path.join("pytorch_model.bin"))?;
+    let mut facts = start(path, "P-Tuning v2 prefix (official layout)");
+    facts.insert("pre_seq_len".into(), json!(prefix.pre_seq_len));
+    facts.insert("prefix_projection".into(), json!(prefix.projection));
     let rows = plain_rows(&tensors);
     totals(&mut facts, &rows);
     Ok(Report { facts, rows })
@@ -431,6 +448,7 @@ mod tests {
             lora_dropout: 0.0,
             target_modules: vec!["query_key_value".into()],
             use_rslora: true,
+            ..AdapterConfig::default()
         };
         let stem = "base_model.model.transformer.layers.3.attention.query_key_value";
         let (a, b) = (

@@ -6,10 +6,12 @@ pub mod bench;
 pub mod chat;
 pub mod demo;
 pub mod doctor;
+pub mod eval;
 pub mod generate;
 pub mod generation;
 pub mod inspect;
 pub mod quantize;
+pub mod report;
 pub mod synth;
 pub mod train;
 
@@ -19,7 +21,7 @@ use clap::{Parser, Subcommand};
 
 use crate::error::{Error, Result};
 
-/// Fine-tune ChatGLM-6B at home: QLoRA and LoRA from checkpoint to chat, in one binary.
+/// Fine-tune ChatGLM-6B at home: QLoRA, LoRA, P-Tuning v2, freeze and full, from checkpoint to chat, in one binary.
 #[derive(Debug, Parser)]
 #[command(
     name = "glmtune",
@@ -41,6 +43,8 @@ pub struct Cli {
 enum Command {
     /// Fine-tune a checkpoint on your data; writes a PEFT adapter
     Train(Box<train::TrainArgs>),
+    /// Measure a model on records with answers: loss, BLEU-4, ROUGE, classes, what it forgot
+    Eval(Box<eval::EvalArgs>),
     /// Answer the prompts of a file, or one prompt
     Generate(generate::GenerateArgs),
     /// Talk to a model, with or without an adapter
@@ -49,6 +53,8 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Say what is in a checkpoint, adapter or cache
     Inspect(inspect::InspectArgs),
+    /// Show a run: curves, samples, metrics and warnings in one HTML file
+    Report(report::ReportArgs),
     /// Write a synthetic checkpoint with ChatGLM-6B's tensor names and shapes
     Synth(synth::SynthArgs),
     /// Measure speed and memory on this machine
@@ -83,10 +89,12 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Train(args) => train::run(*args),
+        Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Synth(args) => synth::run(args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),

@@ -28,7 +28,8 @@ pub struct TrainArgs {
     /// Folder for the adapter, checkpoints, metrics.jsonl and run.toml
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// qlora: LoRA on 4-bit weights; lora: LoRA on the weights as stored (ptuning, freeze, full: not yet) [default: qlora]
+    /// qlora: LoRA on 4-bit weights; lora: LoRA on the weights as stored; ptuning: P-Tuning v2; freeze: some layers' own
+    /// weights; full: every weight [default: qlora]
     #[arg(long, value_parser = ["qlora", "lora", "ptuning", "freeze", "full"], hide_possible_values = true)]
     method: Option<String>,
     /// Where to compute: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N [default: auto]
@@ -66,7 +67,57 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "LoRA")]
     #[serde(skip_serializing_if = "is_false")]
     rslora: bool,
+    /// Split the update into magnitude and direction (DoRA)
+    #[arg(long, help_heading = "LoRA")]
+    #[serde(skip_serializing_if = "is_false")]
+    dora: bool,
+    /// How A and B start: kaiming (B zero), pissa (principal singular vectors of the weight), pissa_niter_N (the same by N
+    /// rounds of a fast method) [default: kaiming]
+    #[arg(long, value_name = "HOW", help_heading = "LoRA")]
+    lora_init: Option<String>,
+    /// Train these whole and save them with the adapter: some of word_embeddings,lm_head,input_layernorm,
+    /// post_attention_layernorm,final_layernorm
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "LoRA")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    modules_to_save: Vec<String>,
+    /// The learning rate of B is this many times that of A (LoRA+)
+    #[arg(long, value_name = "RATIO", help_heading = "LoRA")]
+    loraplus_lr_ratio: Option<f64>,
 
+    /// Length of the prefix [default: 128]
+    #[arg(long, value_name = "N", help_heading = "P-Tuning v2")]
+    pre_seq_len: Option<usize>,
+    /// Compute the prefix with a two-layer network
+    #[arg(long, help_heading = "P-Tuning v2")]
+    #[serde(skip_serializing_if = "is_false")]
+    prefix_projection: bool,
+    /// Dropout on the prefix's keys and values [default: 0.1]
+    #[arg(long, value_name = "P", help_heading = "P-Tuning v2")]
+    prefix_dropout: Option<f64>,
+
+    /// The last N layers train; a negative number: the first N [default: 3]
+    #[arg(long, value_name = "N", help_heading = "Freeze")]
+    trainable_layers: Option<i64>,
+    /// What of them: all, mlp or attention [default: all]
+    #[arg(long, value_parser = ["all", "mlp", "attention"], hide_possible_values = true, help_heading = "Freeze")]
+    trainable_modules: Option<String>,
+
+    /// Go on training this adapter (LoRA or prefix) instead of a new one
+    #[arg(long, value_name = "DIR", help_heading = "Incremental learning")]
+    adapter: Option<PathBuf>,
+    /// Merge these adapters into the base first, one after the other
+    #[arg(
+        long,
+        value_name = "DIRS",
+        value_delimiter = ',',
+        help_heading = "Incremental learning"
+    )]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    merge_adapters: Vec<PathBuf>,
+
+    /// Hold the frozen weights of ptuning in 4bit or as stored [default: 4bit]
+    #[arg(long, value_name = "HOW", help_heading = "Quantisation")]
+    load_in: Option<String>,
     /// 4-bit code: nf4 or fp4 [default: nf4]
     #[arg(long, value_parser = ["nf4", "fp4"], hide_possible_values = true, help_heading = "Quantisation")]
     quant_type: Option<String>,
@@ -78,12 +129,21 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", help_heading = "Quantisation")]
     cache_dir: Option<PathBuf>,
 
-    /// Highest learning rate [default: 2e-4]
+    /// adamw, adamw_8bit (block-wise 8-bit state), sgd or lion [default: adamw]
+    #[arg(long, value_name = "NAME", help_heading = "Optimisation")]
+    optim: Option<String>,
+    /// Highest learning rate [default: 2e-4; ptuning 2e-2, freeze 5e-5, full 1e-4]
     #[arg(long, value_name = "LR", help_heading = "Optimisation")]
     learning_rate: Option<f64>,
-    /// cosine, linear, constant, constant_with_warmup, cosine_with_restarts or polynomial [default: cosine]
+    /// cosine, linear, constant, constant_with_warmup, cosine_with_restarts, polynomial or inverse_sqrt [default: cosine]
     #[arg(long, value_name = "NAME", help_heading = "Optimisation")]
     lr_scheduler: Option<String>,
+    /// Cosine and polynomial end at this share of the highest rate [default: 0]
+    #[arg(long, value_name = "SHARE", help_heading = "Optimisation")]
+    min_lr_ratio: Option<f64>,
+    /// Power of the polynomial schedule [default: 1]
+    #[arg(long, value_name = "POWER", help_heading = "Optimisation")]
+    lr_power: Option<f64>,
     /// Steps over which the learning rate rises from 0; overrides --warmup-ratio
     #[arg(long, value_name = "N", help_heading = "Optimisation")]
     warmup_steps: Option<u64>,
@@ -120,6 +180,15 @@ pub struct TrainArgs {
     /// [default: 1e-8]
     #[arg(long, value_name = "EPS", help_heading = "Optimisation")]
     adam_epsilon: Option<f64>,
+    /// Momentum of sgd [default: 0.9]
+    #[arg(long, value_name = "MU", help_heading = "Optimisation")]
+    momentum: Option<f64>,
+    /// Noise on the embeddings in training, in units of 1 / sqrt(length * width) (NEFTune); 0 turns it off [default: 0]
+    #[arg(long, value_name = "ALPHA", help_heading = "Optimisation")]
+    neftune_alpha: Option<f64>,
+    /// A step whose loss or gradient is no number is left out; after N of them in a row the run stops [default: 3]
+    #[arg(long, value_name = "N", help_heading = "Optimisation")]
+    max_bad_steps: Option<u64>,
     /// Seed of the shuffling, the adapter's start and dropout [default: 42]
     #[arg(long, value_name = "N", help_heading = "Optimisation")]
     seed: Option<u64>,
@@ -150,6 +219,12 @@ pub struct TrainArgs {
     /// Column of the earlier turns [default: found by name]
     #[arg(long, value_name = "NAME", help_heading = "Data")]
     history_column: Option<String>,
+    /// General records mixed in, so that the model forgets less
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    replay: Option<PathBuf>,
+    /// Their share of the samples of an epoch [default: 0.1]
+    #[arg(long, value_name = "SHARE", help_heading = "Data")]
+    replay_ratio: Option<f64>,
     /// Print three samples as the model sees them before training
     #[arg(long, help_heading = "Data")]
     #[serde(skip_serializing_if = "is_false")]
@@ -167,6 +242,35 @@ pub struct TrainArgs {
     /// Evaluate every N steps [default: before the first and after the last step only]
     #[arg(long, value_name = "N", help_heading = "Evaluation")]
     eval_steps: Option<u64>,
+    /// Evaluate every N passes over the data (a part of one is fine)
+    #[arg(long, value_name = "N", help_heading = "Evaluation")]
+    eval_epochs: Option<f64>,
+    /// Answer this many of the evaluation prompts at each evaluation: BLEU-4, ROUGE, exact match, samples.jsonl [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Evaluation")]
+    eval_samples: Option<usize>,
+    /// Most tokens of such an answer [default: 128]
+    #[arg(long, value_name = "N", help_heading = "Evaluation")]
+    eval_max_new_tokens: Option<usize>,
+    /// loss, token_accuracy, exact_match, bleu-4, rouge-1, rouge-2 or rouge-l: what "best" means [default: loss]
+    #[arg(long, value_name = "METRIC", help_heading = "Evaluation")]
+    metric_for_best_model: Option<String>,
+    /// Stop after N evaluations without a better one; the result is the best checkpoint
+    #[arg(long, value_name = "N", help_heading = "Evaluation")]
+    early_stopping_patience: Option<u64>,
+    /// By how much the metric must be better to count [default: 0]
+    #[arg(long, value_name = "AMOUNT", help_heading = "Evaluation")]
+    early_stopping_threshold: Option<f64>,
+    /// Keep the checkpoint with the best evaluation; it becomes the result
+    #[arg(long, help_heading = "Evaluation")]
+    #[serde(skip_serializing_if = "is_false")]
+    save_best: bool,
+    /// Measure what the model forgets: general prompts answered before and after, KL to the base at each evaluation
+    #[arg(long, help_heading = "Evaluation")]
+    #[serde(skip_serializing_if = "is_false")]
+    forgetting: bool,
+    /// Tokens of each of those answers [default: 24]
+    #[arg(long, value_name = "N", help_heading = "Evaluation")]
+    forgetting_tokens: Option<usize>,
 
     /// Save a checkpoint every N steps [default: 100]
     #[arg(long, value_name = "N", help_heading = "Saving and reporting")]

@@ -1,9 +1,13 @@
 //! What tells two data sets or two sets of base weights apart.
 
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Bytes hashed at the start, the middle and the end of each tensor.
 const SAMPLE: usize = 4096;
@@ -37,6 +41,44 @@ pub fn of_bytes(write: impl FnOnce(&mut dyn FnMut(&[u8]))) -> String {
     let mut hash = Sha256::new();
     write(&mut |bytes| hash.update(bytes));
     hex(hash)
+}
+
+/// Of a whole file.
+///
+/// # Errors
+/// It cannot be read.
+pub fn of_file(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(Error::io(path, "open"))?;
+    let mut hash = Sha256::new();
+    let mut part = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut part).map_err(Error::io(path, "read"))? {
+            0 => return Ok(hex(hash)),
+            n => hash.update(&part[..n]),
+        }
+    }
+}
+
+/// Of an adapter folder: its weights, whichever file holds them, and what its configuration makes of them.
+///
+/// # Errors
+/// There are none, or they cannot be read.
+pub fn of_adapter(dir: &Path) -> Result<String> {
+    let names = [
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "pytorch_model.bin",
+    ];
+    let path = names
+        .map(|name| dir.join(name))
+        .into_iter()
+        .find(|path| path.exists());
+    let weights = of_file(&path.unwrap_or_else(|| dir.join(names[0])))?;
+    let config = std::fs::read(dir.join("adapter_config.json")).unwrap_or_default();
+    Ok(of_bytes(|hash| {
+        hash(weights.as_bytes());
+        hash(&config);
+    }))
 }
 
 fn hex(hash: Sha256) -> String {

@@ -5,17 +5,75 @@ use std::path::{Path, PathBuf};
 
 use super::run::whole;
 use super::state::{Checkpoints, RunState};
+use super::{journal, result};
 use crate::checkpoint::atomic;
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 
-/// Files of a run beside its checkpoints; `--overwrite` removes these and nothing else.
-const FILES: [&str; 4] = [
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "metrics.jsonl",
-    "run.toml",
-];
+/// Files of a run beside its checkpoints; `--overwrite` removes these, `checkpoints` and `model`, and nothing else.
+fn files() -> impl Iterator<Item = &'static str> {
+    [&result::FILES[..], &journal::FILES, &["run.toml"]]
+        .concat()
+        .into_iter()
+}
+
+/// Replacing a folder must not remove what the new run is made from, nor a model or adapter that no run left there.
+fn refuse_inputs(config: &RunConfig, dir: &Path) -> Result<()> {
+    let Ok(place) = dir.canonicalize() else {
+        return Ok(());
+    };
+    let mut inputs = vec![("--model", &config.model), ("--data", &config.data)];
+    let optional = [
+        ("--adapter", &config.adapter),
+        ("--eval-data", &config.eval_data),
+        ("--replay", &config.replay),
+        ("--cache-dir", &config.cache_dir),
+    ];
+    inputs.extend(
+        optional
+            .into_iter()
+            .filter_map(|(flag, path)| Some((flag, path.as_ref()?))),
+    );
+    inputs.extend(
+        config
+            .merge_adapters
+            .iter()
+            .map(|path| ("--merge-adapters", path)),
+    );
+    for (flag, path) in inputs {
+        let Ok(path) = path.canonicalize() else { continue };
+        let replaced = ["checkpoints", result::MODEL]
+            .iter()
+            .any(|part| path.starts_with(place.join(part)));
+        let file = path.parent() == Some(&place) && files().any(|name| path.ends_with(name));
+        if path == place || replaced || file {
+            return Err(Error::input(
+                dir.display(),
+                format!("{flag} {} in what --overwrite replaces", path.display()),
+                "inputs that stay",
+                "give --output another name",
+            ));
+        }
+    }
+    let earlier = dir.join("run.toml").exists();
+    let foreign = [
+        "config.json",
+        "pytorch_model.bin",
+        "model.safetensors",
+        "adapter_config.json",
+    ]
+    .into_iter()
+    .find(|name| !earlier && dir.join(name).exists());
+    match foreign {
+        None => Ok(()),
+        Some(name) => Err(Error::input(
+            dir.join(name).display(),
+            "a model or an adapter that is not of a run",
+            "the folder of an earlier run",
+            "give --output another name",
+        )),
+    }
+}
 
 /// The output folder.
 #[derive(Debug)]
@@ -51,7 +109,9 @@ impl RunFolder {
                     remedy,
                 ));
             }
-        } else if !config.overwrite && dir.is_dir() {
+        } else if config.overwrite {
+            refuse_inputs(config, &dir)?;
+        } else if dir.is_dir() {
             let mut entries = fs::read_dir(&dir).map_err(Error::io(&dir, "read"))?;
             if entries.next().is_some() {
                 return Err(Error::input(
@@ -93,9 +153,15 @@ impl RunFolder {
     pub fn begin(&mut self, config: &RunConfig) -> Result<()> {
         fs::create_dir_all(&self.dir).map_err(Error::io(&self.dir, "create"))?;
         self.lock()?;
+        self.remove_half_written()?;
         if !self.resume {
+            // `run.toml` says that all this is of an earlier run: it goes last.
             self.checkpoints.clear()?;
-            for name in FILES {
+            let model = self.dir.join(result::MODEL);
+            if self.dir.join("run.toml").exists() && model.join("config.json").exists() {
+                fs::remove_dir_all(&model).map_err(Error::io(&model, "remove"))?;
+            }
+            for name in files() {
                 let path = self.dir.join(name);
                 if path.exists() {
                     fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
@@ -103,6 +169,19 @@ impl RunFolder {
             }
         }
         atomic::write(&self.dir.join("run.toml"), config.to_toml().as_bytes())
+    }
+
+    /// Removes what a kill in the middle of a write left beside the files of the run.
+    fn remove_half_written(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.dir).map_err(Error::io(&self.dir, "read"))? {
+            let path = entry.map_err(Error::io(&self.dir, "read"))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let temporary = name.starts_with('.') && name.ends_with(".tmp");
+            if temporary && files().any(|file| name[1..].starts_with(file)) {
+                fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Two runs in one folder would remove each other's files.

@@ -1,24 +1,30 @@
-//! A training run from configuration to adapter.
+//! A training run from configuration to result.
 
+mod best;
+mod evaluation;
 mod fingerprint;
 mod folder;
 mod inputs;
 mod interrupt;
-mod metrics;
+mod journal;
+mod lines;
+mod method;
 mod progress;
+mod result;
 mod run;
 mod scale;
 mod state;
 mod steps;
 mod trainer;
+mod watch;
 
-pub use fingerprint::of_weights;
+pub use best::BestSoFar;
 pub use folder::RunFolder;
 pub use inputs::Inputs;
 pub use interrupt::Interrupt;
-pub use metrics::Metrics;
 pub use progress::{Progress, StepLine, clock, preparing_weights};
-pub use run::{Summary, run};
+pub use run::{Summary, base_fingerprint, run};
 pub use scale::LossScale;
 pub use state::{Checkpoints, OPTIMIZER, RunState};
 pub use trainer::{Options, StepReport, Trainer};
+pub use watch::{Warning, Watch};

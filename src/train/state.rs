@@ -10,13 +10,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::LossScale;
+use super::best::BestSoFar;
+use super::watch::Watch;
 use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
 
 /// File of the optimizer's state inside a checkpoint.
 pub const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const UNFINISHED: &str = ".unfinished-";
 
 /// `state.json`: where a run is, and what it must find unchanged to go on.
@@ -36,6 +38,25 @@ pub struct RunState {
     /// Loss scaling, of a run in fp16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
+    /// Steps left out because their loss or gradient was no number.
+    #[serde(default)]
+    pub skipped: u64,
+    /// Those since the last good step.
+    #[serde(default)]
+    pub bad_in_a_row: u64,
+    /// Tokens of all steps so far, padding not counted.
+    pub tokens: u64,
+    /// What is evaluated: samples, and how many of them are answered.
+    pub evaluation: String,
+    /// The numbers of the evaluation before the first step.
+    pub eval_before: Map<String, Value>,
+    /// Those of the last evaluation.
+    pub eval_after: Map<String, Value>,
+    /// The best evaluation so far.
+    pub best: BestSoFar,
+    /// What was watched to warn of it.
+    #[serde(default)]
+    pub watch: Watch,
     /// The keys of the configuration that decide the numbers.
     pub config: Map<String, Value>,
 }
@@ -50,8 +71,65 @@ impl RunState {
             data,
             base,
             loss_scale: None,
+            skipped: 0,
+            bad_in_a_row: 0,
+            tokens: 0,
+            evaluation: String::new(),
+            eval_before: Map::new(),
+            eval_after: Map::new(),
+            best: BestSoFar::default(),
+            watch: Watch::default(),
             config,
         }
+    }
+
+    /// Takes the state of a checkpoint over for a run that evaluates as this one does. What was measured otherwise is not
+    /// compared with what will be; every such change is told.
+    pub fn go_on_from(
+        mut self,
+        checkpoint: RunState,
+        keeps_best: bool,
+        kept: &Checkpoints,
+    ) -> (Self, Vec<String>) {
+        let mut notes = Vec::new();
+        let RunState {
+            config, evaluation, ..
+        } = &self;
+        let metric = self.best.metric();
+        let same_data = *evaluation == checkpoint.evaluation;
+        let lost = keeps_best
+            && checkpoint
+                .best
+                .step()
+                .is_some_and(|step| kept.of_step(step).is_none());
+        let mut state = RunState {
+            config: config.clone(),
+            evaluation: evaluation.clone(),
+            ..checkpoint
+        };
+        if !same_data {
+            notes.push(
+                "the evaluation is another than before: earlier numbers are not compared with it".into(),
+            );
+            (state.eval_before, state.eval_after) = (Map::new(), Map::new());
+        }
+        if state.best.step().is_some() && (!same_data || lost || state.best.metric() != metric) {
+            notes.push(format!(
+                "the best so far counts from here on, by {}: {}",
+                metric.name(),
+                match (same_data, lost) {
+                    (true, true) => "its checkpoint was not kept",
+                    (true, false) => "it was measured by another number",
+                    (false, _) => "it was measured on other data",
+                }
+            ));
+            state.best = BestSoFar::new(metric);
+        }
+        if state.best.step().is_none() {
+            state.best = BestSoFar::new(metric);
+        }
+        self = state;
+        (self, notes)
     }
 
     /// Reads the state of a checkpoint.
@@ -166,12 +244,12 @@ impl Checkpoints {
     }
 
     /// Saves a checkpoint: `write` fills a new folder, which gets its name only when all of it is on disk; then the
-    /// oldest checkpoints beyond the limit are removed.
+    /// oldest checkpoints beyond the limit are removed, but never the best one.
     ///
     /// # Errors
     /// Something cannot be written; the earlier checkpoints stay.
     pub fn save(&self, state: &RunState, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-        let name = format!("step-{:06}", state.step);
+        let name = name_of(state.step);
         let unfinished = self.dir.join(format!("{UNFINISHED}{name}"));
         let place = self.dir.join(&name);
         if place.exists() {
@@ -197,10 +275,29 @@ impl Checkpoints {
         fs::rename(&unfinished, &place).map_err(Error::io(&place, "name"))?;
         sync(&self.dir)?;
         let all = self.list()?;
-        for (_, old) in &all[..all.len().saturating_sub(self.keep)] {
-            fs::remove_dir_all(old).map_err(Error::io(old, "remove"))?;
+        for (step, old) in &all[..all.len().saturating_sub(self.keep)] {
+            if state.best.step() != Some(*step) {
+                self.remove(old)?;
+            }
         }
         Ok(place)
+    }
+
+    /// The checkpoint of a step, if it is there.
+    pub fn of_step(&self, step: u64) -> Option<PathBuf> {
+        let place = self.dir.join(name_of(step));
+        place.is_dir().then_some(place)
+    }
+
+    /// Removes a checkpoint: first its name goes, so that a kill on the way leaves no half of one under it.
+    fn remove(&self, place: &Path) -> Result<()> {
+        let name = place.file_name().unwrap_or_default().to_string_lossy();
+        let going = self.dir.join(format!("{UNFINISHED}{name}"));
+        if going.exists() {
+            fs::remove_dir_all(&going).map_err(Error::io(&going, "remove"))?;
+        }
+        fs::rename(place, &going).map_err(Error::io(place, "rename"))?;
+        fs::remove_dir_all(&going).map_err(Error::io(&going, "remove"))
     }
 
     /// Removes what a kill left half written.
@@ -226,10 +323,14 @@ impl Checkpoints {
             return Ok(());
         }
         for (_, place) in self.list()? {
-            fs::remove_dir_all(&place).map_err(Error::io(&place, "remove"))?;
+            self.remove(&place)?;
         }
         self.remove_unfinished()
     }
+}
+
+fn name_of(step: u64) -> String {
+    format!("step-{step:06}")
 }
 
 /// Makes the names inside a folder durable.
@@ -242,6 +343,7 @@ fn sync(dir: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Metric;
 
     fn state(step: u64) -> RunState {
         let mut config = Map::new();
@@ -274,6 +376,27 @@ mod tests {
             assert_eq!(RunState::read(&place).unwrap(), state(step));
         }
         assert_eq!(names(&checkpoints), [2, 3]);
+    }
+
+    #[test]
+    fn the_best_is_kept_beside_the_newest() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path(), 1);
+        let mut best = BestSoFar::new(Metric::Loss);
+        best.update(2, 1.0, 0.0, Map::new());
+        for step in 1..=4 {
+            let state = RunState {
+                best: if step < 2 {
+                    BestSoFar::default()
+                } else {
+                    best.clone()
+                },
+                ..state(step)
+            };
+            checkpoints.save(&state, |_| Ok(())).unwrap();
+        }
+        assert_eq!(names(&checkpoints), [2, 4]);
+        assert!(checkpoints.of_step(2).is_some() && checkpoints.of_step(3).is_none());
     }
 
     #[test]

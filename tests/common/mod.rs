@@ -141,3 +141,12 @@ pub fn read_safetensors(path: &Path) -> Tensors {
         })
         .collect()
 }
+
+/// The tensors of a safetensors file with a prefix as the official trainer saves them: a folder with `pytorch_model.bin`.
+pub fn prefix_folder(weights: &Path) -> tempfile::TempDir {
+    let tensors = read_safetensors(weights);
+    let named: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+    let dir = tempfile::tempdir().unwrap();
+    glmtune::checkpoint::write_torch_bin(&dir.path().join("pytorch_model.bin"), &named).unwrap();
+    dir
+}

@@ -250,6 +250,7 @@ fn adapters_of_other_kinds_and_broken_ones_are_refused() {
         lora_dropout: 0.05,
         target_modules: vec!["query_key_value".into()],
         use_rslora: true,
+        ..AdapterConfig::default()
     };
     let (a, b) = (
         Tensor::zeros(DType::F32, [2, 16]),
@@ -267,9 +268,10 @@ fn adapters_of_other_kinds_and_broken_ones_are_refused() {
     let path = dir.path().join("adapter_config.json");
     let sound: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     for (key, value) in [
-        ("use_dora", serde_json::json!(true)),
+        ("use_dora", serde_json::json!("yes")),
+        ("init_lora_weights", serde_json::json!("pissa_niter_16")),
         ("bias", serde_json::json!("all")),
-        ("modules_to_save", serde_json::json!(["lm_head"])),
+        ("modules_to_save", serde_json::json!("lm_head")),
         ("rank_pattern", serde_json::json!({"dense": 4})),
         ("alpha_pattern", serde_json::json!({"dense": 4})),
         ("peft_type", serde_json::json!("IA3")),
@@ -282,6 +284,15 @@ fn adapters_of_other_kinds_and_broken_ones_are_refused() {
         fs::write(&path, json.to_string()).unwrap();
         refused(read_adapter(dir.path()), &["adapter_config.json", key]);
     }
+    let dora = AdapterConfig {
+        use_dora: true,
+        ..config.clone()
+    };
+    write_adapter(dir.path(), &dora, &pair).unwrap();
+    refused(
+        read_adapter(dir.path()),
+        &["its partner", "lora_magnitude_vector"],
+    );
     write_adapter(dir.path(), &config, &pair[..1]).unwrap();
     refused(read_adapter(dir.path()), &["lora_A", "its partner", "lora_B"]);
     write_adapter(dir.path(), &config, &[]).unwrap();

@@ -4,6 +4,7 @@ mod cases;
 mod disk;
 mod files;
 mod folders;
+mod kills;
 #[path = "../common/program.rs"]
 mod program;
 mod results;

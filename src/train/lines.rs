@@ -1,30 +1,31 @@
-//! `metrics.jsonl`: one JSON object per logged step.
+//! Files of JSON lines that belong to steps: `metrics.jsonl`, `samples.jsonl`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
 
-/// The open file; every line is complete on disk when [`Metrics::write`] returns.
+/// The open file; every line is written whole, in one call.
 #[derive(Debug)]
-pub struct Metrics {
+pub struct JsonLines {
     path: PathBuf,
     file: File,
 }
 
-impl Metrics {
-    /// Opens the file to go on after `step` (0: from the start): lines of later steps, and a line that a kill cut in
-    /// half, are removed.
+impl JsonLines {
+    /// Opens the file to go on after `step`; `None` begins it anew. Lines of later steps, and a line that a kill cut in half,
+    /// are removed.
     ///
     /// # Errors
     /// The file cannot be read or written.
-    pub fn open(path: &Path, step: u64) -> Result<Self> {
+    pub fn open(path: &Path, step: Option<u64>) -> Result<Self> {
         let mut kept = Vec::new();
-        if step > 0 && path.exists() {
+        if let Some(step) = step.filter(|_| path.exists()) {
             let file = File::open(path).map_err(Error::io(path, "open"))?;
             for line in BufReader::new(file).split(b'\n') {
                 let line = line.map_err(Error::io(path, "read"))?;
@@ -49,13 +50,12 @@ impl Metrics {
         })
     }
 
-    /// Appends one line. Numbers that are not finite become `null`, as JSON wants.
+    /// Appends one line, an object with a `step`. Numbers that are not finite become `null`, as JSON wants.
     ///
     /// # Errors
     /// The line cannot be written.
-    pub fn write(&mut self, row: &Map<String, Value>) -> Result<()> {
-        let mut line =
-            serde_json::to_vec(row).unwrap_or_else(|e| panic!("a map of numbers is always JSON: {e}"));
+    pub fn write(&mut self, row: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(row).unwrap_or_else(|e| panic!("a row is always JSON: {e}"));
         line.push(b'\n');
         self.file.write_all(&line).map_err(Error::io(&self.path, "write"))
     }
@@ -69,19 +69,17 @@ mod tests {
     fn going_on_drops_later_steps_and_half_lines() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut metrics = Metrics::open(&path, 0).unwrap();
+        let mut lines = JsonLines::open(&path, None).unwrap();
         for step in 1..=5u64 {
-            let mut row = Map::new();
-            row.insert("step".into(), step.into());
-            metrics.write(&row).unwrap();
+            lines.write(&serde_json::json!({"step": step})).unwrap();
         }
-        metrics.file.write_all(b"{\"step\":").unwrap();
-        Metrics::open(&path, 3).unwrap();
+        lines.file.write_all(b"{\"step\":").unwrap();
+        JsonLines::open(&path, Some(3)).unwrap();
         assert_eq!(
             std::fs::read_to_string(&path).unwrap(),
             "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n"
         );
-        Metrics::open(&path, 0).unwrap();
+        JsonLines::open(&path, None).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
     }
 }

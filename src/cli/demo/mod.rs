@@ -1,5 +1,7 @@
 //! `glmtune demo`: QLoRA of the built-in tiny ChatGLM on a small data set, with answers before and after.
 
+mod methods;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -19,18 +21,21 @@ use crate::train::{self, Interrupt};
 const FILES: [(&str, &[u8]); 5] = [
     (
         "model/config.json",
-        include_bytes!("../../models/tiny-glm/config.json"),
+        include_bytes!("../../../models/tiny-glm/config.json"),
     ),
     (
         "model/ice_text.model",
-        include_bytes!("../../models/tiny-glm/ice_text.model"),
+        include_bytes!("../../../models/tiny-glm/ice_text.model"),
     ),
     (
         "model/model.safetensors",
-        include_bytes!("../../models/tiny-glm/model.safetensors"),
+        include_bytes!("../../../models/tiny-glm/model.safetensors"),
     ),
-    ("train.jsonl", include_bytes!("../../examples/demo/train.jsonl")),
-    ("eval.jsonl", include_bytes!("../../examples/demo/eval.jsonl")),
+    (
+        "train.jsonl",
+        include_bytes!("../../../examples/demo/train.jsonl"),
+    ),
+    ("eval.jsonl", include_bytes!("../../../examples/demo/eval.jsonl")),
 ];
 
 /// Held-out prompts whose answers are shown side by side.
@@ -49,6 +54,9 @@ pub struct DemoArgs {
     /// Optimizer steps
     #[arg(long, value_name = "N", default_value_t = 1000)]
     max_steps: u64,
+    /// Train by each of the five methods instead, and compare them in a table
+    #[arg(long)]
+    methods: bool,
 }
 
 /// Runs `glmtune demo`.
@@ -58,6 +66,9 @@ pub struct DemoArgs {
 pub fn run(args: DemoArgs) -> Result<()> {
     let started = Instant::now();
     let folder = Folder::write(&args.output)?;
+    if args.methods {
+        return methods::compare(&folder, args.max_steps);
+    }
     println!(
         "The task: read a report of faults and answer with triples, one a line, as part_faultkind_phenomenon.\n\
          The tiny ChatGLM (0.96 million parameters, in {}) has never seen it. First its answers as it is:\n",
@@ -126,7 +137,7 @@ impl Folder {
             data: self.path("train.jsonl"),
             eval_data: Some(self.path("eval.jsonl")),
             output: self.path("adapter"),
-            learning_rate: 4e-3,
+            learning_rate: Some(4e-3),
             micro_batch_size: 8,
             gradient_accumulation_steps: 1,
             max_steps: Some(max_steps),
