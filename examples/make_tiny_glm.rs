@@ -19,7 +19,7 @@ use glmtune::data::batch::{Batch, IGNORE, Span};
 use glmtune::error::{Error, Result};
 use glmtune::model::tune::{self, Tuning};
 use glmtune::model::{LoadOptions, Model, ModelConfig};
-use glmtune::optim::AdamWConfig;
+use glmtune::optim::OptimizerConfig;
 use glmtune::rng::Stream;
 use glmtune::schedule::{Schedule, Scheduler};
 use glmtune::tensor::{DType, Tensor};
@@ -66,16 +66,17 @@ fn run() -> Result<()> {
     tune::apply(&mut model, &Tuning::Full, SEED)?;
     widen(&mut model)?;
     let options = Options {
-        adamw: AdamWConfig {
+        optimizer: OptimizerConfig {
             beta2: 0.98,
             weight_decay: 0.01,
-            ..AdamWConfig::default()
+            ..OptimizerConfig::default()
         },
         schedule: Schedule {
             scheduler: Scheduler::Cosine,
             base: 3e-3,
             warmup_steps: 100,
             total_steps: steps,
+            ..Schedule::default()
         },
         max_grad_norm: 1.0,
         reduction: LossReduction::Token,
