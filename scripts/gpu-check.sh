@@ -101,7 +101,7 @@ if [ $card = yes ]; then
     # Compared with the emulator's answer, which is compiled in.
     GLMTUNE_LANE_MAPS=$out/lane_maps.txt step "lane maps" 20 "$folder/cuda-tests" lane_maps
     step operations 90 "$folder/cuda-tests" --skip lane_maps
-    step goldens 90 "$folder/golden-tests" forward gradients trajectories generation
+    step goldens 90 "$folder/golden-tests" forward gradients trajectories generation peft
     step "every kernel runs" 30 "$glmtune" bench kernels --quick --device cuda
 else
     for name in "lane maps" operations goldens; do
