@@ -465,7 +465,7 @@ fn layers_that_are_not_there_or_in_four_bits_do_not_train() {
         };
         let message = tune::apply(&mut model, &tuning, 0).unwrap_err().to_string();
         assert!(
-            message.contains("--freeze-layers") && message.contains(&n.to_string()),
+            message.contains("--trainable-layers") && message.contains(&n.to_string()),
             "{message}"
         );
     }

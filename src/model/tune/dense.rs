@@ -50,7 +50,7 @@ impl FromStr for FreezeModules {
     fn from_str(s: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|m| m.name() == s).ok_or_else(|| {
             let expected = Self::ALL.map(Self::name).join(", ");
-            Error::input("--freeze-modules", s, expected, "name one of them")
+            Error::input("--trainable-modules", s, expected, "name one of them")
         })
     }
 }
@@ -139,7 +139,7 @@ pub(super) fn apply_freeze(model: &mut Model, layers: i64, modules: FreezeModule
     if wanted == 0 || wanted > count {
         let expected = format!("1 to {count} (the last), or -1 to -{count} (the first)");
         let remedy = "give the number of layers to train, such as 3";
-        return Err(Error::input("--freeze-layers", layers, expected, remedy));
+        return Err(Error::input("--trainable-layers", layers, expected, remedy));
     }
     let chosen = if layers > 0 {
         count - wanted..count
