@@ -1,8 +1,6 @@
 //! Which parameters go together: weight decay, learning rate, and gradient norms by layer.
 
-use crate::error::Result;
-use crate::ops;
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::Shape;
 
 /// Does the Hugging Face Trainer decay this parameter? Everything but biases and the parameters of LayerNorms;
 /// LoRA's A and B and DoRA's magnitudes are decayed.
@@ -48,43 +46,4 @@ pub fn group_of(name: &str) -> String {
         }
     }
     "other".into()
-}
-
-/// The L2 norms of the gradients, of all together and by [`group_of`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct GradientNorms {
-    /// Of everything that trains.
-    pub total: f64,
-    /// Of each group, in the order of the parameters.
-    pub groups: Vec<(String, f64)>,
-}
-
-impl GradientNorms {
-    /// The norms of `gradients`, each with its parameter's name, divided by `scale` (the loss scale of fp16, else 1); on a
-    /// CUDA device by one launch and one copy to the host. A NaN or an infinity shows in its group and in the total.
-    ///
-    /// `total` has the bits of `sqrt(ops::sum_of_squares_all(gradients)) / scale`.
-    ///
-    /// # Errors
-    /// A gradient is not F32, or they are on several devices.
-    pub fn of(gradients: &[(String, &Tensor)], scale: f64) -> Result<Self> {
-        let tensors: Vec<&Tensor> = gradients.iter().map(|(_, g)| *g).collect();
-        let sums = ops::sums_of_squares(&tensors)?;
-        let mut groups: Vec<(String, f64)> = Vec::new();
-        for ((name, _), sum) in gradients.iter().zip(&sums) {
-            let group = group_of(name);
-            match groups.iter_mut().find(|(known, _)| *known == group) {
-                Some((_, squares)) => *squares += sum,
-                None => groups.push((group, *sum)),
-            }
-        }
-        for (_, squares) in &mut groups {
-            *squares = squares.sqrt() / scale;
-        }
-        let total = sums.into_iter().fold(0.0, |all, sum| all + sum);
-        Ok(Self {
-            total: total.sqrt() / scale,
-            groups,
-        })
-    }
 }

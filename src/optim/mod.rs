@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::nn::Param;
 use crate::ops::{self, AdamW, Adamw8bitSlot, AdamwSlot, Lion, LionSlot, Sgd, SgdSlot};
 
-pub use groups::{GradientNorms, group_of, is_decayed, is_raised_by_loraplus};
+pub use groups::{group_of, is_decayed, is_raised_by_loraplus};
 
 /// Which rule turns gradients into updates. Names as Hugging Face's `--optim`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]

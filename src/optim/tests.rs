@@ -342,7 +342,7 @@ fn the_rate_of_loraplus_is_that_of_a_run_with_that_rate() {
 }
 
 #[test]
-fn gradient_norms_by_group() {
+fn gradients_are_summed_apart_and_named_by_group() {
     for (name, group) in [
         ("transformer.layers.3.mlp.dense_h_to_4h.weight", "layers.3"),
         (
@@ -358,18 +358,13 @@ fn gradient_norms_by_group() {
         assert_eq!(group_of(name), group, "{name}");
     }
     let tensors = [[3.0f32, 0.0], [0.0, 4.0], [12.0, 0.0]].map(|x| Tensor::from_slice(&x, [2]));
-    let names = ["layers.0.a", "layers.0.b", "lm_head.weight"];
-    let gradients: Vec<(String, &Tensor)> = names.iter().map(|n| n.to_string()).zip(&tensors).collect();
-    let norms = GradientNorms::of(&gradients, 2.0).unwrap();
-    assert_eq!(norms.total, 6.5);
-    assert_eq!(
-        norms.groups,
-        [("layers.0".to_string(), 2.5), ("head".to_string(), 6.0)]
-    );
+    let all: Vec<&Tensor> = tensors.iter().collect();
+    assert_eq!(ops::sums_of_squares(&all).unwrap(), [9.0, 16.0, 144.0]);
+    // What is no number shows where it is, and only there.
     let nan = Tensor::from_slice(&[f32::NAN], [1]);
-    let norms = GradientNorms::of(&[gradients[0].clone(), ("lm_head.weight".into(), &nan)], 1.0).unwrap();
-    assert!(norms.total.is_nan() && norms.groups[1].1.is_nan() && norms.groups[0].1 == 3.0);
-    assert_eq!(GradientNorms::of(&[], 1.0).unwrap().total, 0.0);
+    let sums = ops::sums_of_squares(&[all[0], &nan]).unwrap();
+    assert!(sums[0] == 9.0 && sums[1].is_nan(), "{sums:?}");
+    assert!(ops::sums_of_squares(&[]).unwrap().is_empty());
 }
 
 #[test]
