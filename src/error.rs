@@ -33,6 +33,16 @@ pub enum Error {
         /// The one thing to do.
         remedy: String,
     },
+    /// A device, or the host memory that it copies from and to, has no room.
+    #[error("{place}: found {found}, expected enough of it; {remedy}")]
+    OutOfMemory {
+        /// Whose memory.
+        place: String,
+        /// What there is, and what was asked for.
+        found: String,
+        /// The one thing to do.
+        remedy: &'static str,
+    },
     /// Two tensors do not fit together: a bug in the program, or a file that was not checked.
     #[error("{operation}: found {found}, expected {expected}")]
     Shape {
@@ -104,6 +114,11 @@ impl Error {
             expected: expected.to_string(),
             remedy: remedy.to_string(),
         }
+    }
+
+    /// Did a device, or the host memory beside it, have no room? Then less may do.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Error::OutOfMemory { .. })
     }
 
     /// The process exit code: 2 for a wrong command line, 130 after Ctrl-C (128 + SIGINT), 1 for the rest.

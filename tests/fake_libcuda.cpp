@@ -1,7 +1,8 @@
 // A libcuda.so.1 without a card, for the tests of src/cuda/driver.rs (src/cuda/driver/tests.rs compiles and loads it).
 //
-// Device memory is host memory. What is asked of a stream waits in a queue until somebody waits for it: so a staging buffer that is
-// written again too early, or read too early, gives wrong data. Calls without a current context fail, as on a card.
+// Device memory is host memory. What is asked of a stream waits in its queue until somebody waits for it: so a staging buffer that is
+// written again too early, or read too early, gives wrong data, and so does a stream that should wait for another one. Calls without a
+// current context fail, as on a card.
 // The environment says what to be: FAKE_VERSION (12020), FAKE_CAPABILITY (86), FAKE_INIT (a result of cuInit), FAKE_REFUSE
 // (cubin: only PTX can be loaded; all: neither).
 
@@ -21,13 +22,17 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201,
 
 const size_t TOTAL = size_t(1) << 30;
 
+struct Stream {
+    std::deque<std::function<void()>> queue;
+    uint64_t asked, done; // of all that ever entered the queue
+};
+
 std::mutex lock_;
-std::deque<std::function<void()>> queue;
-uint64_t asked, done; // of all that ever entered the queue
-std::map<uint64_t, size_t> memory;
+std::deque<Stream> streams;
+std::map<uint64_t, size_t> memory, pinned;
 thread_local bool entered;
 
-struct Event { uint64_t at; };
+struct Event { Stream *stream; uint64_t at; };
 struct Function { unsigned allowed; };
 
 int number(const char *name, int otherwise) {
@@ -35,19 +40,27 @@ int number(const char *name, int otherwise) {
     return value ? atoi(value) : otherwise;
 }
 
-int ask(std::function<void()> work) {
+int ask(Stream *stream, std::function<void()> work) {
     if (!entered) return INVALID_CONTEXT;
-    queue.push_back(std::move(work));
-    asked++;
+    stream->queue.push_back(std::move(work));
+    stream->asked++;
     return SUCCESS;
 }
 
-int finish(uint64_t until) {
+int finish(Stream *stream, uint64_t until) {
     if (!entered) return INVALID_CONTEXT;
-    for (; done < until; done++) {
-        queue.front()();
-        queue.pop_front();
+    while (stream && stream->done < until) {
+        auto work = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        stream->done++;
+        work();
     }
+    return SUCCESS;
+}
+
+int finish_all() {
+    for (auto &stream : streams)
+        if (int error = finish(&stream, stream.asked)) return error;
     return SUCCESS;
 }
 
@@ -58,12 +71,17 @@ size_t used() {
 }
 
 /// Do these bytes lie in one allocation?
-bool inside(uint64_t address, size_t bytes) {
-    auto after = memory.upper_bound(address);
-    if (after == memory.begin()) return false;
+bool inside(const std::map<uint64_t, size_t> &allocations, uint64_t address, size_t bytes) {
+    auto after = allocations.upper_bound(address);
+    if (after == allocations.begin()) return false;
     auto [start, size] = *--after;
     return address + bytes <= start + size;
 }
+
+bool inside(uint64_t address, size_t bytes) { return inside(memory, address, bytes); }
+
+/// Copies that run beside the kernels must read and write page-locked memory.
+bool locked(const void *address, size_t bytes) { return inside(pinned, reinterpret_cast<uint64_t>(address), bytes); }
 
 } // namespace
 
@@ -89,10 +107,19 @@ CALL cuDeviceGetAttribute(int *value, int attribute, int) {
 }
 CALL cuDevicePrimaryCtxRetain(void **context, int) { return *context = &lock_, SUCCESS; }
 CALL cuCtxSetCurrent(void *context) { return entered = context == &lock_, SUCCESS; }
-CALL cuStreamCreate(void **stream, unsigned) { return *stream = &queue, entered ? SUCCESS : INVALID_CONTEXT; }
-CALL cuStreamSynchronize(void *) {
+CALL cuStreamCreate(Stream **stream, unsigned) {
     LOCKED;
-    return finish(asked);
+    streams.emplace_back();
+    return *stream = &streams.back(), entered ? SUCCESS : INVALID_CONTEXT;
+}
+CALL cuStreamSynchronize(Stream *stream) {
+    LOCKED;
+    return finish(stream, stream->asked);
+}
+CALL cuStreamWaitEvent(Stream *stream, Event *event, unsigned) {
+    LOCKED;
+    Event now = *event; // It may be destroyed before the stream comes to it.
+    return ask(stream, [=] { finish(now.stream, now.at); });
 }
 
 CALL cuMemGetInfo_v2(size_t *free, size_t *total) {
@@ -112,47 +139,60 @@ CALL cuMemAlloc_v2(uint64_t *address, size_t bytes) {
 }
 CALL cuMemFree_v2(uint64_t address) {
     LOCKED;
-    if (int error = finish(asked)) return error;
+    if (int error = finish_all()) return error;
     if (!memory.erase(address)) return INVALID_VALUE;
     free(reinterpret_cast<void *>(address));
     return SUCCESS;
 }
-CALL cuMemHostAlloc(void **memory, size_t bytes, unsigned) {
-    return *memory = malloc(bytes), entered ? SUCCESS : INVALID_CONTEXT;
-}
-CALL cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) {
+CALL cuMemHostAlloc(void **address, size_t bytes, unsigned flags) {
     LOCKED;
-    if (!inside(to, bytes)) return INVALID_VALUE;
-    return ask([=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
+    if (!entered) return INVALID_CONTEXT;
+    if (bytes == 0 || flags != 1) return INVALID_VALUE;
+    if (bytes > TOTAL) return OUT_OF_MEMORY;
+    *address = malloc(bytes);
+    pinned[reinterpret_cast<uint64_t>(*address)] = bytes;
+    return SUCCESS;
 }
-CALL cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *) {
+CALL cuMemFreeHost(void *address) {
     LOCKED;
-    if (!inside(from, bytes)) return INVALID_VALUE;
-    return ask([=] { memcpy(to, reinterpret_cast<void *>(from), bytes); });
+    if (!entered) return INVALID_CONTEXT;
+    if (!pinned.erase(reinterpret_cast<uint64_t>(address))) return INVALID_VALUE;
+    free(address);
+    return SUCCESS;
 }
-CALL cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
+CALL cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, Stream *stream) {
+    LOCKED;
+    if (!inside(to, bytes) || !locked(from, bytes)) return INVALID_VALUE;
+    return ask(stream, [=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
+}
+CALL cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, Stream *stream) {
+    LOCKED;
+    if (!inside(from, bytes) || !locked(to, bytes)) return INVALID_VALUE;
+    return ask(stream, [=] { memcpy(to, reinterpret_cast<void *>(from), bytes); });
+}
+CALL cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream *stream) {
     LOCKED;
     if (!inside(to, bytes) || !inside(from, bytes)) return INVALID_VALUE;
-    return ask([=] { memcpy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); });
+    return ask(stream, [=] { memcpy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); });
 }
-CALL cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *) {
+CALL cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, Stream *stream) {
     LOCKED;
     if (!inside(to, bytes)) return INVALID_VALUE;
-    return ask([=] { memset(reinterpret_cast<void *>(to), value, bytes); });
+    return ask(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); });
 }
 
-CALL cuEventCreate(Event **event, unsigned) { return *event = new Event{0}, entered ? SUCCESS : INVALID_CONTEXT; }
-CALL cuEventRecord(Event *event, void *) {
+CALL cuEventCreate(Event **event, unsigned) { return *event = new Event{nullptr, 0}, entered ? SUCCESS : INVALID_CONTEXT; }
+CALL cuEventRecord(Event *event, Stream *stream) {
     LOCKED;
-    return event->at = asked, entered ? SUCCESS : INVALID_CONTEXT;
+    return *event = {stream, stream->asked}, entered ? SUCCESS : INVALID_CONTEXT;
 }
 CALL cuEventSynchronize(Event *event) {
     LOCKED;
-    return finish(event->at);
+    return finish(event->stream, event->at);
 }
 CALL cuEventElapsedTime(float *milliseconds, Event *from, Event *to) {
     LOCKED;
-    if (done < to->at) return 600;
+    if (to->stream->done < to->at) return 600;
     return *milliseconds = float(to->at - from->at), SUCCESS;
 }
 CALL cuEventDestroy_v2(Event *event) { return delete event, SUCCESS; }
@@ -183,10 +223,10 @@ CALL cuFuncSetAttribute(Function *function, int attribute, int value) {
 }
 /// Every kernel writes its number of threads where its first parameter points.
 CALL cuLaunchKernel(Function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
-                    void *, void **parameters, void **) {
+                    Stream *stream, void **parameters, void **) {
     LOCKED;
     if (shared > function->allowed) return INVALID_VALUE;
     uint64_t out = *static_cast<uint64_t *>(*parameters);
     if (!inside(out, 4)) return INVALID_VALUE;
-    return ask([=] { *reinterpret_cast<uint32_t *>(out) = x * y * z * threads; });
+    return ask(stream, [=] { *reinterpret_cast<uint32_t *>(out) = x * y * z * threads; });
 }

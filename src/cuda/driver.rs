@@ -4,6 +4,8 @@
 //! looks for the library and refuses one older than CUDA 12.0, where all that is called here exists.
 
 // With their paths: this file has another module's name when the emulator takes its place.
+#[path = "driver/beside.rs"]
+mod beside;
 #[path = "driver/images.rs"]
 mod images;
 #[path = "driver/staging.rs"]
@@ -30,8 +32,12 @@ const SHARED_UNASKED: u32 = 48 << 10;
 /// One open device. It is never closed: it is used until the process ends, which gives everything back.
 pub(super) struct Driver {
     context: sys::CUcontext,
-    /// All work, in the order it was asked for.
+    /// Kernels and what is copied or set between them, in the order it was asked for.
     stream: sys::CUstream,
+    /// Copies to the card that run beside the kernels.
+    uploads: sys::CUstream,
+    /// Copies from the card that run beside the kernels.
+    downloads: sys::CUstream,
     functions: HashMap<&'static str, Function>,
     loaded: Vec<Loaded>,
     staging: Mutex<Staging>,
@@ -59,6 +65,15 @@ pub(super) struct Event(sys::CUevent);
 unsafe impl Send for Event {}
 // SAFETY: as above.
 unsafe impl Sync for Event {}
+
+/// A point in the work of one stream that another one, or the program, waits for.
+#[derive(Debug)]
+pub(super) struct Fence(sys::CUevent);
+
+// SAFETY: an event belongs to the process and may be used from any thread.
+unsafe impl Send for Fence {}
+// SAFETY: as above.
+unsafe impl Sync for Fence {}
 
 impl std::fmt::Debug for Driver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -89,7 +104,8 @@ impl Driver {
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed)?;
         // SAFETY: the context was just retained.
         unsafe { result::ctx::set_current(context) }.map_err(failed)?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
+        let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed);
+        let (stream, uploads, downloads) = (stream()?, stream()?, stream()?);
         let mut functions = HashMap::new();
         let units = UNITS.iter();
         let loaded = units.map(|unit| load(unit, &description, &mut functions));
@@ -97,6 +113,8 @@ impl Driver {
         Ok(Driver {
             context,
             stream,
+            uploads,
+            downloads,
             functions,
             loaded,
             staging: Mutex::default(),
@@ -237,8 +255,11 @@ impl Driver {
     /// Waits until everything asked of the device is done.
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
-        // SAFETY: the stream lives as long as the process.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failed("wait for the device", e))
+        for stream in [self.stream, self.uploads, self.downloads] {
+            // SAFETY: streams live as long as the process.
+            unsafe { result::stream::synchronize(stream) }.map_err(|e| failed("wait for the device", e))?;
+        }
+        Ok(())
     }
 
     /// Marks the present end of the stream.
@@ -483,6 +504,15 @@ fn load_ptx(packed: &[u8]) -> Called<sys::CUmodule, (DriverError, String)> {
 }
 
 fn failed(what: impl Into<String>, error: DriverError) -> Failure {
+    if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        // Not only allocations take memory: a kernel's first launch may, for its code and its threads' own.
+        let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+        return Failure::OutOfMemory {
+            asked: 0,
+            free: free as u64,
+            total: total as u64,
+        };
+    }
     Failure::Call {
         code: name(error),
         what: format!("{}: {}", what.into(), said(error)),

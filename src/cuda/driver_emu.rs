@@ -1,7 +1,12 @@
 //! The emulated driver: host memory, and the kernels of `cuda/` compiled by g++ against `cuda/emu/`.
 //!
-//! Everything happens at once, in the calling thread. Memory is counted against a limit, and every allocation lies between
-//! guard bytes that are checked when it is freed, so that a kernel that writes past its output is found.
+//! Kernels happen at once, in the calling thread; copies beside them as late as they may. Memory is counted against a limit, and
+//! every allocation lies between guard bytes that are checked when it is freed, so that a kernel that writes past its output is
+//! found.
+
+// With its path: this file stands in for another module.
+#[path = "driver/copies_emu.rs"]
+mod copies;
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
@@ -11,6 +16,9 @@ use std::time::Instant;
 
 use super::failure::{Failure, Result};
 use super::{Description, Loaded};
+pub(super) use copies::Fence;
+use copies::{DOWNLOADS, Source, UPLOADS, under_way};
+pub use copies::{Landing, copies_under_way, land_copies};
 
 // SAFETY: the signature is that of cuda/emu/emu.h, which g++ compiles into this program.
 unsafe extern "C" {
@@ -44,6 +52,8 @@ pub(super) struct Driver {
     total: u64,
     /// Size of every allocation by address.
     allocations: Mutex<BTreeMap<u64, usize>>,
+    /// The same of page-locked host memory.
+    pinned: Mutex<BTreeMap<u64, usize>>,
 }
 
 /// A point in time.
@@ -52,6 +62,49 @@ pub(super) struct Event(Instant);
 
 fn layout(bytes: usize) -> Option<Layout> {
     Layout::from_size_align(bytes.checked_add(2 * GUARD)?, ALIGNMENT).ok()
+}
+
+/// `bytes` bytes of `fill` between two guards.
+fn guarded(bytes: usize, fill: u8) -> Option<u64> {
+    let layout = layout(bytes)?;
+    // SAFETY: the layout is not empty: it holds two guards.
+    let base = unsafe { alloc(layout) };
+    if base.is_null() {
+        return None;
+    }
+    // SAFETY: `base` is `bytes + 2 GUARD` bytes long.
+    unsafe {
+        base.write_bytes(PATTERN, GUARD);
+        base.add(GUARD).write_bytes(fill, bytes);
+        base.add(GUARD + bytes).write_bytes(PATTERN, GUARD);
+    }
+    Some(base as u64 + GUARD as u64)
+}
+
+/// Frees what [`guarded`] made, and ends the process when a guard was written: `who` wrote where it must not; or when a copy is
+/// under way in it.
+fn release(address: u64, bytes: usize, who: &str) {
+    if under_way(address, bytes) && !std::thread::panicking() {
+        panic!("emulated device: {bytes} bytes were freed while a copy reads or writes them");
+    }
+    let base = (address - GUARD as u64) as *mut u8;
+    // SAFETY: `base` came from `guarded` with this size and is freed once.
+    let guards = unsafe {
+        [
+            std::slice::from_raw_parts(base, GUARD),
+            std::slice::from_raw_parts(base.add(GUARD + bytes), GUARD),
+        ]
+    };
+    let intact = guards
+        .iter()
+        .all(|guard| guard.iter().all(|&byte| byte == PATTERN));
+    if let Some(layout) = layout(bytes) {
+        // SAFETY: allocated in `guarded` with the same layout.
+        unsafe { dealloc(base, layout) };
+    }
+    if !intact && !std::thread::panicking() {
+        panic!("emulated device: {who} wrote past an allocation of {bytes} bytes");
+    }
 }
 
 impl Driver {
@@ -71,6 +124,7 @@ impl Driver {
         Ok(Self {
             total: asked.and_then(|bytes| bytes.parse().ok()).unwrap_or(MEMORY),
             allocations: Mutex::default(),
+            pinned: Mutex::default(),
         })
     }
 
@@ -116,50 +170,35 @@ impl Driver {
         if bytes as u64 > free {
             return Err(refused);
         }
-        let Some(layout) = layout(bytes) else {
-            return Err(refused);
-        };
-        // SAFETY: the layout is not empty: it holds two guards.
-        let base = unsafe { alloc(layout) };
-        if base.is_null() {
-            return Err(refused);
-        }
-        // SAFETY: `base` is `bytes + 2 GUARD` bytes long.
-        unsafe {
-            base.write_bytes(PATTERN, GUARD);
-            base.add(GUARD).write_bytes(FRESH, bytes);
-            base.add(GUARD + bytes).write_bytes(PATTERN, GUARD);
-        }
-        let address = base as u64 + GUARD as u64;
+        let address = guarded(bytes, FRESH).ok_or(refused)?;
         let mut allocations = self.allocations.lock().unwrap_or_else(PoisonError::into_inner);
         allocations.insert(address, bytes);
         Ok(address)
     }
 
-    /// Frees, and ends the process when a guard was written: some kernel wrote where it must not.
     pub fn free(&self, address: u64) {
         let mut allocations = self.allocations.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(bytes) = allocations.remove(&address) else {
-            return;
-        };
+        let bytes = allocations.remove(&address);
         drop(allocations);
-        let base = (address - GUARD as u64) as *mut u8;
-        // SAFETY: `base` came from `allocate` with this size and was in the table until now.
-        let guards = unsafe {
-            [
-                std::slice::from_raw_parts(base, GUARD),
-                std::slice::from_raw_parts(base.add(GUARD + bytes), GUARD),
-            ]
-        };
-        let intact = guards
-            .iter()
-            .all(|guard| guard.iter().all(|&byte| byte == PATTERN));
-        if let Some(layout) = layout(bytes) {
-            // SAFETY: allocated in `allocate` with the same layout.
-            unsafe { dealloc(base, layout) };
+        if let Some(bytes) = bytes {
+            release(address, bytes, "a kernel or copy");
         }
-        if !intact && !std::thread::panicking() {
-            panic!("emulated device: a kernel wrote past an allocation of {bytes} bytes");
+    }
+
+    pub fn pin(&self, bytes: usize) -> Result<u64> {
+        let asked = bytes as u64;
+        let address = guarded(bytes, 0).ok_or(Failure::OutOfPinned { asked })?;
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        pinned.insert(address, bytes);
+        Ok(address)
+    }
+
+    pub fn unpin(&self, address: u64) {
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = pinned.remove(&address);
+        drop(pinned);
+        if let Some(bytes) = bytes {
+            release(address, bytes, "a copy");
         }
     }
 
@@ -175,6 +214,39 @@ impl Driver {
             to.as_mut_ptr()
                 .copy_from_nonoverlapping(from as *const u8, to.len())
         };
+        Ok(())
+    }
+
+    /// # Safety
+    /// Both ranges are allocated, and whoever writes or frees one of them waits for the returned fence before.
+    // SAFETY: as above.
+    pub unsafe fn fetch(&self, to: u64, from: u64, bytes: usize, after: &[&Fence]) -> Result<Fence> {
+        // SAFETY: the caller's promise.
+        Ok(UPLOADS.with(|stream| unsafe { stream.ask(to, Source::Memory(from), bytes, after) }))
+    }
+
+    pub fn fetch_staged(&self, to: u64, from: &[u8], after: &[&Fence]) -> Result<Fence> {
+        let source = Source::Staged(from.to_vec());
+        // SAFETY: Memory checks that `from` fits the allocation at `to`, and waits for the fence.
+        Ok(UPLOADS.with(|stream| unsafe { stream.ask(to, source, from.len(), after) }))
+    }
+
+    /// # Safety
+    /// As [`Driver::fetch`].
+    // SAFETY: as above.
+    pub unsafe fn store(&self, to: u64, from: u64, bytes: usize, after: &[&Fence]) -> Result<Fence> {
+        // SAFETY: the caller's promise.
+        Ok(DOWNLOADS.with(|stream| unsafe { stream.ask(to, Source::Memory(from), bytes, after) }))
+    }
+
+    /// Kernels happen at once: those to come run after what has happened now.
+    pub fn join(&self, fence: &Fence) -> Result<()> {
+        fence.wait();
+        Ok(())
+    }
+
+    pub fn wait(&self, fence: &Fence) -> Result<()> {
+        fence.wait();
         Ok(())
     }
 
@@ -229,7 +301,10 @@ impl Driver {
         Err(failed(String::from_utf8_lossy(&error[..end]).into_owned()))
     }
 
+    /// Of what this thread asked for.
     pub fn synchronize(&self) -> Result<()> {
+        UPLOADS.with(copies::Stream::finish);
+        DOWNLOADS.with(copies::Stream::finish);
         Ok(())
     }
 

@@ -13,6 +13,10 @@ pub(super) enum Driver {}
 #[derive(Debug)]
 pub(super) enum Event {}
 
+/// The end of a copy; there is none.
+#[derive(Debug)]
+pub(super) enum Fence {}
+
 fn unavailable<T>() -> Result<T> {
     Err(Failure::Unavailable {
         found: "a program built without CUDA".into(),
@@ -55,11 +59,45 @@ impl Driver {
         match *self {}
     }
 
+    pub fn pin(&self, _bytes: usize) -> Result<u64> {
+        match *self {}
+    }
+
+    pub fn unpin(&self, _address: u64) {
+        match *self {}
+    }
+
     pub fn upload(&self, _to: u64, _from: &[u8]) -> Result<()> {
         match *self {}
     }
 
     pub fn download(&self, _from: u64, _to: &mut [u8]) -> Result<()> {
+        match *self {}
+    }
+
+    /// # Safety
+    /// None: there is no value to call this on.
+    // SAFETY: as above.
+    pub unsafe fn fetch(&self, _to: u64, _from: u64, _bytes: usize, _after: &[&Fence]) -> Result<Fence> {
+        match *self {}
+    }
+
+    pub fn fetch_staged(&self, _to: u64, _from: &[u8], _after: &[&Fence]) -> Result<Fence> {
+        match *self {}
+    }
+
+    /// # Safety
+    /// None: there is no value to call this on.
+    // SAFETY: as above.
+    pub unsafe fn store(&self, _to: u64, _from: u64, _bytes: usize, _after: &[&Fence]) -> Result<Fence> {
+        match *self {}
+    }
+
+    pub fn join(&self, _fence: &Fence) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn wait(&self, _fence: &Fence) -> Result<()> {
         match *self {}
     }
 

@@ -28,6 +28,11 @@ pub(super) enum Failure {
         /// Bytes there are.
         total: u64,
     },
+    /// The system does not let the program lock so much host memory.
+    OutOfPinned {
+        /// Bytes asked for.
+        asked: u64,
+    },
     /// A call failed.
     Call {
         /// The code's name and number, as `CUDA_ERROR_ILLEGAL_ADDRESS (700)`.

@@ -1,13 +1,17 @@
 //! The CUDA device: the launch geometry of every kernel, device memory, and the driver below them.
 //!
 //! Three drivers have one interface: the real one (`driver.rs`, feature `cuda`), the emulator (`driver_emu.rs`, feature
-//! `emu`, which wins when both are on) and none. Nothing above this file knows which. All work of a device goes to one
-//! stream in the order it was asked for; [`crate::ops`] has checked shapes and types before it calls a wrapper here.
+//! `emu`, which wins when both are on) and none. Nothing above this file knows which. All kernels of a device go to one
+//! stream in the order they were asked for; copies from and to page-locked memory run beside it, and the memory that takes part
+//! in one keeps the order (`pending.rs`). [`crate::ops`] has checked shapes and types before it calls a wrapper here.
 
 pub(crate) mod attention;
 pub(crate) mod dora;
 mod failure;
+#[cfg(feature = "emu")]
+mod faults;
 pub(crate) mod gemm;
+pub(crate) mod int8;
 mod lane_maps;
 pub(crate) mod loss;
 mod memory;
@@ -15,6 +19,8 @@ pub(crate) mod nf4;
 pub(crate) mod nf4_linear;
 pub(crate) mod norm;
 pub(crate) mod optim;
+mod pending;
+mod pinned;
 pub(crate) mod pointwise;
 pub(crate) mod prefix;
 pub(crate) mod rows;
@@ -34,21 +40,27 @@ mod driver;
 #[allow(dead_code)]
 mod driver_cuda;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use driver::Driver;
+use driver::{Driver, Fence};
 use failure::Failure;
 
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device as Place, Tensor};
 
+#[cfg(feature = "emu")]
+pub use driver::{Landing, copies_under_way, land_copies};
+#[cfg(feature = "emu")]
+pub use faults::{allocations, fail_allocation};
 pub use lane_maps::{LaneMap, lane_maps};
 pub(crate) use memory::Memory;
+pub(crate) use pinned::Pinned;
 
 /// Bytes of scratch that every device reserves when it is opened, for kernels that work in two passes.
-pub(crate) const SCRATCH: usize = 32 << 20;
+pub const SCRATCH: usize = 32 << 20;
 
 /// What a device is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +94,8 @@ pub(crate) struct Device {
     ordinal: u8,
     driver: Driver,
     scratch: Mutex<OnceLock<u64>>,
+    /// Why the compute stream could not be made to wait for a copy: nothing that it does can be trusted since.
+    astray: OnceLock<Failure>,
     synchronous: bool,
 }
 
@@ -158,6 +172,7 @@ pub(crate) fn device(ordinal: u8) -> Result<&'static Device> {
         ordinal,
         driver,
         scratch: Mutex::default(),
+        astray: OnceLock::new(),
         synchronous: std::env::var_os("GLMTUNE_SYNC").is_some_and(|value| value == "1"),
     }));
     devices.insert(ordinal, device);
@@ -201,6 +216,35 @@ pub fn held_bytes() -> (u64, u64) {
 /// Starts to look for the peak of [`held_bytes`] anew.
 pub fn forget_peak() {
     memory::forget_peak();
+}
+
+/// Bytes of the copies between host and device that run beside the kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Transfers {
+    /// To the device: [`crate::ops::fetch`].
+    pub fetched: u64,
+    /// To the host: [`crate::ops::store`].
+    pub stored: u64,
+}
+
+thread_local! {
+    static TRANSFERS: Cell<Transfers> = const {
+        Cell::new(Transfers {
+            fetched: 0,
+            stored: 0,
+        })
+    };
+}
+
+/// Bytes that this thread has asked to be copied beside the kernels so far.
+pub fn transfers() -> Transfers {
+    TRANSFERS.get()
+}
+
+fn count(part: impl FnOnce(&mut Transfers) -> &mut u64, bytes: usize) {
+    let mut transfers = TRANSFERS.get();
+    *part(&mut transfers) += bytes as u64;
+    TRANSFERS.set(transfers);
 }
 
 /// How many devices there are.
@@ -366,12 +410,46 @@ impl Device {
         })
     }
 
+    /// Device memory for a tensor, contents unspecified.
+    fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.call("allocate", |driver| {
+            #[cfg(feature = "emu")]
+            faults::count_allocation(|| {
+                let (free, total) = driver.memory()?;
+                let asked = bytes as u64;
+                Err(Failure::OutOfMemory { asked, free, total })
+            })?;
+            // Drivers refuse to allocate nothing.
+            driver.allocate(bytes.max(1))
+        })
+    }
+
+    /// Page-locked host memory for a tensor, all 0.
+    fn pin(&self, bytes: usize) -> Result<u64> {
+        self.call("pin", |driver| {
+            #[cfg(feature = "emu")]
+            faults::count_allocation(|| Err(Failure::OutOfPinned { asked: bytes as u64 }))?;
+            driver.pin(bytes.max(1))
+        })
+    }
+
     fn free(&self, address: u64) {
         self.driver.free(address);
     }
 
+    /// What is asked of the device from now on runs after `fence`.
+    fn join(&self, fence: &Fence) {
+        if let Err(failure) = self.driver.join(fence) {
+            let _ = self.astray.set(failure);
+        }
+    }
+
     fn call<T>(&self, operation: &'static str, f: impl FnOnce(&Driver) -> failure::Result<T>) -> Result<T> {
-        f(&self.driver).map_err(|failure| worded(operation, self.ordinal, failure, self.synchronous))
+        let done = match self.astray.get() {
+            Some(failure) => Err(failure.clone()),
+            None => f(&self.driver),
+        };
+        done.map_err(|failure| worded(operation, self.ordinal, failure, self.synchronous))
     }
 }
 
@@ -384,18 +462,22 @@ fn worded(operation: &'static str, ordinal: u8, failure: Failure, synchronous: b
         } => Error::input(format!("--device cuda:{ordinal}"), found, expected, remedy),
         Failure::OutOfMemory { asked, free, total } => {
             let mb = |bytes: u64| bytes as f64 / 1e6;
-            Error::input(
-                format!("memory of device cuda:{ordinal}"),
-                format!(
+            Error::OutOfMemory {
+                place: format!("memory of device cuda:{ordinal}"),
+                found: format!(
                     "{:.1} MB free of {:.0} MB for {:.1} MB more",
                     mb(free),
                     mb(total),
                     mb(asked)
                 ),
-                "enough of it",
-                "lower --micro-batch-size or --max-length, close what else uses the card, or use --device cpu",
-            )
+                remedy: "lower --micro-batch-size or --max-length, close what else uses the card, or use --device cpu",
+            }
         }
+        Failure::OutOfPinned { asked } => Error::OutOfMemory {
+            place: "page-locked host memory".into(),
+            found: format!("a refusal of {:.1} MB more", asked as f64 / 1e6),
+            remedy: "close other programs, raise `ulimit -l`, or move less of the model off the card",
+        },
         Failure::Call { code, what } => Error::Device {
             operation,
             device: ordinal,

@@ -42,3 +42,16 @@ impl fmt::Debug for Bytes {
         write!(f, "Bytes({:?})", self.range)
     }
 }
+
+/// Bytes of a scratch file that is mapped to be written: the file is the memory, the system's page cache what of it is at
+/// hand.
+pub trait ScratchBytes: Send + Sync {
+    /// The bytes.
+    fn as_slice(&self) -> &[u8];
+
+    /// The bytes, to write.
+    fn as_mut_slice(&mut self) -> &mut [u8];
+
+    /// Asks the system to begin to read them from the disk.
+    fn will_be_read(&self);
+}

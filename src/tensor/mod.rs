@@ -1,9 +1,13 @@
 //! The one tensor: owned, contiguous, row-major, without views, strides or broadcasting.
 //!
 //! A tensor's bytes are owned, borrowed from a memory-mapped file that it keeps alive ([`Tensor::from_bytes`]: a frozen
-//! weight is used where the checkpoint stores it), or on a CUDA device. Operations on tensors live in [`crate::ops`].
+//! weight is used where the checkpoint stores it), those of a scratch file ([`Tensor::from_scratch`]), or on a CUDA device. A planned tensor ([`ledger::Ledger::plan`]) has sizes only.
+//! Operations on tensors live in [`crate::ops`].
 
+mod buffer;
 mod bytes;
+pub mod ledger;
+mod transfer;
 mod types;
 
 use std::fmt;
@@ -12,21 +16,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
 
-pub use bytes::Bytes;
+pub use bytes::{Bytes, ScratchBytes};
 pub use types::{Compute, DType, Device, Element, Shape};
 
+use self::buffer::{Buffer, Planned, Scratch, Words};
 use crate::cuda::Memory;
 use crate::error::{Error, Result};
-
-#[derive(Clone)]
-enum Buffer {
-    /// Owned host memory, in 8-byte words so that every element type is aligned.
-    Host(Vec<u64>),
-    /// Part of a mapped file.
-    Mapped(Bytes),
-    /// Owned device memory; shared only between clones of a frozen tensor.
-    Cuda(Arc<Memory>),
-}
 
 /// A contiguous row-major array.
 #[derive(Clone)]
@@ -50,7 +45,9 @@ pub fn allocations() -> u64 {
 /// # Errors
 /// It would not; `place` and `remedy` go into the message.
 pub fn check_memory(place: &str, bytes: u128, remedy: &str) -> Result<()> {
-    let given = usize::try_from(bytes).is_ok_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
+    // A plan asks for nothing.
+    let given = ledger::planning()
+        || usize::try_from(bytes).is_ok_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
     if given {
         return Ok(());
     }
@@ -62,13 +59,41 @@ impl Tensor {
     /// A tensor of zeros.
     pub fn zeros(dtype: DType, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        let words = (shape.elements() * dtype.size()).div_ceil(8);
+        let bytes = shape.elements() * dtype.size();
         Self {
-            buffer: Buffer::Host(vec![0; words]),
+            buffer: if ledger::planning() {
+                Buffer::Planned(Planned::new(Device::Cpu, bytes))
+            } else {
+                ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+                Buffer::Host(Words::zeroed(bytes))
+            },
             shape,
             dtype,
         }
+    }
+
+    /// A frozen tensor of a mapped file that is not there: no memory, in plans only.
+    pub fn planned_mapped(dtype: DType, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        Self {
+            buffer: Buffer::Planned(Planned::mapped(shape.elements() * dtype.size())),
+            shape,
+            dtype,
+        }
+    }
+
+    /// Is the tensor part of a plan, without memory and without contents?
+    pub fn is_planned(&self) -> bool {
+        matches!(self.buffer, Buffer::Planned(_))
+    }
+
+    /// What the tensor will be on `device`, when this is a plan.
+    fn planned_on(&self, device: Device, dtype: DType) -> Option<Self> {
+        (ledger::planning() || self.is_planned()).then(|| Self {
+            buffer: Buffer::Planned(Planned::new(device, self.elements() * dtype.size())),
+            shape: self.shape,
+            dtype,
+        })
     }
 
     /// A tensor of zeros on `device`.
@@ -79,6 +104,11 @@ impl Tensor {
         let shape = shape.into();
         match device {
             Device::Cpu => Ok(Self::zeros(dtype, shape)),
+            Device::Cuda(_) if ledger::planning() => Ok(Self {
+                buffer: Buffer::Planned(Planned::new(device, shape.elements() * dtype.size())),
+                shape,
+                dtype,
+            }),
             Device::Cuda(ordinal) => {
                 ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
                 let bytes = shape.elements() * dtype.size();
@@ -96,7 +126,9 @@ impl Tensor {
     /// A copy of `data`.
     pub fn from_slice<T: Element>(data: &[T], shape: impl Into<Shape>) -> Self {
         let mut tensor = Self::zeros(T::DTYPE, shape);
-        tensor.as_mut_slice::<T>().copy_from_slice(data);
+        if !tensor.is_planned() {
+            tensor.as_mut_slice::<T>().copy_from_slice(data);
+        }
         tensor
     }
 
@@ -126,6 +158,55 @@ impl Tensor {
         })
     }
 
+    /// A tensor in a scratch file, which is read and written where the file is mapped. A clone of it is an ordinary tensor.
+    ///
+    /// # Errors
+    /// The number of bytes is not that of `shape` and `dtype`, or they are not aligned.
+    pub fn from_scratch(bytes: Box<dyn ScratchBytes>, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        let expected = shape.elements() * dtype.size();
+        let found = bytes.as_slice();
+        if found.len() != expected || found.as_ptr().align_offset(dtype.size()) != 0 {
+            return Err(Error::Shape {
+                operation: "Tensor::from_scratch",
+                found: format!("{} bytes at {:p}", found.len(), found),
+                expected: format!("{expected} aligned bytes for {dtype} {shape}"),
+            });
+        }
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self {
+            buffer: Buffer::Scratch(Scratch::new(bytes)),
+            shape,
+            dtype,
+        })
+    }
+
+    /// A tensor in a scratch file that is not there, in plans only.
+    pub fn planned_scratch(dtype: DType, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        Self {
+            buffer: Buffer::Planned(Planned::scratch(shape.elements() * dtype.size())),
+            shape,
+            dtype,
+        }
+    }
+
+    /// Does the tensor lie in a scratch file?
+    pub fn is_scratch(&self) -> bool {
+        match &self.buffer {
+            Buffer::Scratch(_) => true,
+            Buffer::Planned(planned) => planned.is_of(ledger::Pool::Disk),
+            _ => false,
+        }
+    }
+
+    /// Says that the elements will be read soon: those of a scratch file begin to come from the disk.
+    pub fn will_be_read(&self) {
+        if let Buffer::Scratch(scratch) = &self.buffer {
+            scratch.bytes.will_be_read();
+        }
+    }
+
     /// The extents.
     pub fn shape(&self) -> Shape {
         self.shape
@@ -150,16 +231,20 @@ impl Tensor {
     pub fn device(&self) -> Device {
         match &self.buffer {
             Buffer::Cuda(memory) => Device::Cuda(memory.ordinal()),
-            _ => Device::Cpu,
+            Buffer::Planned(planned) => planned.device,
+            Buffer::Host(_) | Buffer::Mapped(_) | Buffer::Scratch(_) | Buffer::Pinned(_) => Device::Cpu,
         }
     }
 
-    /// Bytes of memory that this tensor owns (0 when it is mapped).
+    /// Bytes of memory or of a scratch file that this tensor owns (0 when it is of a mapped file).
     pub fn owned_bytes(&self) -> usize {
         match &self.buffer {
-            Buffer::Host(words) => words.len() * 8,
+            Buffer::Host(words) => words.words.len() * 8,
             Buffer::Mapped(_) => 0,
+            Buffer::Scratch(scratch) => scratch.bytes.as_slice().len(),
+            Buffer::Pinned(pinned) => pinned.len(),
             Buffer::Cuda(memory) => memory.len(),
+            Buffer::Planned(planned) => planned.owned(),
         }
     }
 
@@ -185,6 +270,10 @@ impl Tensor {
     /// # Errors
     /// The device has no room, or a copy fails.
     pub fn to_device(&self, device: Device) -> Result<Self> {
+        if let Some(planned) = self.planned_on(device, self.dtype) {
+            return Ok(planned);
+        }
+        self.arrive()?;
         match (&self.buffer, device) {
             (Buffer::Cuda(memory), Device::Cpu) => {
                 let mut host = Self::zeros(self.dtype, self.shape);
@@ -218,6 +307,9 @@ impl Tensor {
     pub fn to_device_as(&self, device: Device, dtype: DType) -> Result<Self> {
         if dtype == self.dtype {
             return self.to_device(device);
+        }
+        if let Some(planned) = self.planned_on(device, dtype) {
+            return Ok(planned);
         }
         let Device::Cuda(ordinal) = device else {
             return Ok(self.to_dtype(dtype));
@@ -272,11 +364,16 @@ impl Tensor {
                 expected: format!("{self:?}"),
             });
         }
+        if self.is_planned() {
+            return Ok(());
+        }
         match (&mut self.buffer, &from.buffer) {
             (Buffer::Cuda(to), Buffer::Cuda(source)) if to.ordinal() == source.ordinal() => {
                 exclusive(to).copy_from(source, from.byte_len())
             }
-            (Buffer::Host(_), Buffer::Cuda(source)) => source.download(0, self.bytes_mut()),
+            (Buffer::Host(_) | Buffer::Scratch(_) | Buffer::Pinned(_), Buffer::Cuda(source)) => {
+                source.download(0, self.bytes_mut())
+            }
             (_, Buffer::Cuda(_)) => {
                 let host = from.to_device(Device::Cpu)?;
                 self.write_bytes(host.bytes())
@@ -288,6 +385,9 @@ impl Tensor {
     fn write_bytes(&mut self, bytes: &[u8]) -> Result<()> {
         if let Buffer::Cuda(memory) = &mut self.buffer {
             return exclusive(memory).upload(0, bytes);
+        }
+        if self.is_planned() {
+            return Ok(());
         }
         self.bytes_mut().copy_from_slice(bytes);
         Ok(())
@@ -302,11 +402,14 @@ impl Tensor {
         if let Buffer::Cuda(memory) = &mut self.buffer {
             return exclusive(memory).zero(bytes);
         }
+        if self.is_planned() {
+            return Ok(());
+        }
         self.bytes_mut().fill(0);
         Ok(())
     }
 
-    /// Where a kernel reads the elements. Panics on a host tensor: [`crate::ops`] checks before.
+    /// Where a kernel reads the elements; it runs after a copy that writes them. Panics on a host tensor: [`crate::ops`] checks before.
     pub(crate) fn device_ptr(&self) -> *const std::ffi::c_void {
         match &self.buffer {
             Buffer::Cuda(memory) => memory.address() as *const _,
@@ -314,10 +417,10 @@ impl Tensor {
         }
     }
 
-    /// Where a kernel writes the elements. Panics on a host tensor, and on one that a clone shares.
+    /// Where a kernel writes the elements; it runs after the copies that read or write them. Panics on a host tensor, and on one that a clone shares.
     pub(crate) fn device_ptr_mut(&mut self) -> *mut std::ffi::c_void {
         match &mut self.buffer {
-            Buffer::Cuda(memory) => exclusive(memory).address() as *mut _,
+            Buffer::Cuda(memory) => exclusive(memory).address_mut() as *mut _,
             _ => panic!("a host tensor where a kernel wants one of the device"),
         }
     }
@@ -331,9 +434,12 @@ impl Tensor {
     pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
         let shape = shape.into();
         let capacity = match &self.buffer {
-            Buffer::Host(words) => words.len() * 8 / self.dtype.size(),
+            Buffer::Host(words) => words.words.len() * 8 / self.dtype.size(),
             Buffer::Mapped(bytes) => bytes.len() / self.dtype.size(),
+            Buffer::Scratch(scratch) => scratch.bytes.as_slice().len() / self.dtype.size(),
+            Buffer::Pinned(pinned) => pinned.len() / self.dtype.size(),
             Buffer::Cuda(memory) => memory.len() / self.dtype.size(),
+            Buffer::Planned(planned) => planned.bytes / self.dtype.size(),
         };
         if shape.elements() > capacity {
             return Err(Error::Shape {
@@ -346,23 +452,30 @@ impl Tensor {
         Ok(())
     }
 
-    /// The raw bytes. Panics on a device tensor, which has none on the host: see [`Tensor::to_device`].
+    /// The raw bytes, waiting for a copy that writes them. Panics on a device tensor, which has none on the host: see [`Tensor::to_device`].
     pub fn bytes(&self) -> &[u8] {
         let n = self.byte_len();
         match &self.buffer {
-            Buffer::Host(words) => &bytemuck::cast_slice(words)[..n],
+            Buffer::Host(words) => &bytemuck::cast_slice(&words.words)[..n],
             Buffer::Mapped(bytes) => &bytes.as_slice()[..n],
+            Buffer::Scratch(scratch) => &scratch.bytes.as_slice()[..n],
+            Buffer::Pinned(pinned) => &pinned.as_slice()[..n],
             Buffer::Cuda(_) => panic!("a device tensor has no bytes on the host"),
+            Buffer::Planned(_) => panic!("a planned tensor has no bytes"),
         }
     }
 
-    /// The raw bytes, to write. Panics on a mapped tensor, since frozen weights are never written, and on a device tensor.
+    /// The raw bytes, to write, waiting for the copies that they are part of. Panics on a mapped tensor, since frozen weights
+    /// are never written, and on a device tensor.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let n = self.byte_len();
         match &mut self.buffer {
-            Buffer::Host(words) => &mut bytemuck::cast_slice_mut(words)[..n],
+            Buffer::Host(words) => &mut bytemuck::cast_slice_mut(&mut words.words)[..n],
             Buffer::Mapped(_) => panic!("a mapped tensor is read-only"),
+            Buffer::Scratch(scratch) => &mut scratch.bytes.as_mut_slice()[..n],
+            Buffer::Pinned(pinned) => &mut pinned.as_mut_slice()[..n],
             Buffer::Cuda(_) => panic!("a device tensor has no bytes on the host"),
+            Buffer::Planned(_) => panic!("a planned tensor has no bytes"),
         }
     }
 
@@ -406,6 +519,9 @@ impl Tensor {
     /// A copy in another floating-point type, rounded to nearest even.
     pub fn to_dtype(&self, dtype: DType) -> Self {
         let mut out = Self::zeros(dtype, self.shape);
+        if out.is_planned() || self.is_planned() {
+            return self.planned_on(Device::Cpu, dtype).unwrap_or(out);
+        }
         macro_rules! convert {
             ($from:ty, $to:ty, $f:expr) => {
                 for (o, x) in out

@@ -192,6 +192,8 @@ fn use_everything(driver: Driver) {
     driver.download(a, &mut back[..100_000]).unwrap();
     assert!((0..100_000).all(|i| back[i] == (i / 1000) as u8));
 
+    copies_run_beside_kernels(&driver, &bytes, a, b);
+
     let kernel = UNITS
         .iter()
         .flat_map(|unit| unit.choose(described.capability).kernels)
@@ -235,4 +237,74 @@ fn use_everything(driver: Driver) {
     }
     driver.synchronize().unwrap();
     assert_eq!(driver.memory().unwrap(), (total, total));
+}
+
+/// Each of three streams runs as late as it may: what does not wait for another one overtakes it.
+fn copies_run_beside_kernels(driver: &Driver, bytes: &[u8], a: u64, b: u64) {
+    const N: usize = 100_000;
+    let host = driver.pin(N).unwrap();
+    // SAFETY: N bytes, used when no copy is under way in them.
+    let on_host = || unsafe { std::slice::from_raw_parts_mut(host as *mut u8, N) };
+    let got = |at: u64| {
+        let mut back = vec![0; N];
+        driver.download(at, &mut back).unwrap();
+        back
+    };
+    assert!(on_host().iter().all(|&byte| byte == 0));
+
+    // A fetch comes after what was asked for before, and before what joins it.
+    on_host().copy_from_slice(&bytes[..N]);
+    driver.zero(a, N).unwrap();
+    // SAFETY: both have N bytes, and nothing touches them before the fence.
+    let fetched = unsafe { driver.fetch(a, host, N, &[]) }.unwrap();
+    driver.join(&fetched).unwrap();
+    driver.copy(b, a, N).unwrap();
+    assert!(got(b) == bytes[..N]);
+
+    // A store too; the host waits for it.
+    driver.upload(a, &bytes[5..][..N]).unwrap();
+    // SAFETY: as above.
+    let stored = unsafe { driver.store(host, a, N, &[]) }.unwrap();
+    driver.wait(&stored).unwrap();
+    assert!(*on_host() == bytes[5..][..N]);
+
+    // Down and up again; nobody waits but the second copy.
+    driver.upload(a, &bytes[7..][..N]).unwrap();
+    // SAFETY: as above.
+    let stored = unsafe { driver.store(host, a, N, &[]) }.unwrap();
+    // SAFETY: as above; the fetch itself waits for the store.
+    let fetched = unsafe { driver.fetch(b, host, N, &[&stored]) }.unwrap();
+    // The fences of what is under way may go.
+    drop(stored);
+    driver.join(&fetched).unwrap();
+    drop(fetched);
+    assert!(got(b) == bytes[7..][..N]);
+
+    // What nobody waits for has not happened, until the device is waited for as a whole.
+    on_host().fill(1);
+    // SAFETY: as above.
+    let late = unsafe { driver.fetch(b, host, N, &[]) }.unwrap();
+    assert!(got(b) == bytes[7..][..N]);
+    driver.synchronize().unwrap();
+    assert!(got(b) == [1; N]);
+    driver.wait(&late).unwrap();
+
+    // Through the staging buffers, in more parts than there are; the source is overwritten at once.
+    let mut source = bytes.to_vec();
+    let fetched = driver.fetch_staged(b, &source, &[]).unwrap();
+    source.fill(7);
+    driver.join(&fetched).unwrap();
+    let mut back = vec![0; bytes.len()];
+    driver.download(b, &mut back).unwrap();
+    assert!(back == bytes);
+
+    // What the driver refuses is an error, and the copies go on.
+    // SAFETY: refused.
+    let refused = unsafe { driver.fetch(1, host, N, &[]) };
+    assert!(matches!(refused, Err(Failure::Call { .. })), "{refused:?}");
+    driver.unpin(host);
+    let asked = 2 << 30;
+    let refused = driver.pin(asked);
+    let asked = asked as u64;
+    assert_eq!(refused, Err(Failure::OutOfPinned { asked }));
 }
