@@ -11,7 +11,7 @@ template <typename C> DEVICE void gemm_sum(const Gemm &p) {
     if (at >= size) return;
     float v = 0.0f;
     for (int s = 0; s < p.splits; ++s) v += p.partial[s * size + at];
-    output_of<C>(p).one(v, at, int(at % p.n));
+    output_of<C>(p).one(v, at / p.n * p.stride + at % p.n, int(at % p.n));
 }
 
 // Spelled as functions of T, so that one macro makes the kernels of both.
@@ -29,6 +29,7 @@ GEMM(gemm_nt_tff, T, float, float, K, K)
 GEMM(gemm_nn_ttt, T, T, T, K, EXTENT)
 GEMM(gemm_nn_tft, T, float, T, K, EXTENT)
 GEMM(gemm_nn_ftf, float, T, float, K, EXTENT)
+GEMM(gemm_nn_fff, float, float, float, K, EXTENT)
 GEMM(gemm_tn_ttf, T, T, float, EXTENT, EXTENT)
 GEMM(gemm_tn_ftf, float, T, float, EXTENT, EXTENT)
 
@@ -44,6 +45,7 @@ GEMM(gemm_tn_ftf, float, T, float, EXTENT, EXTENT)
     GEMM_KERNELS(gemm_nn_ttt, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_nn_tft, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_nn_ftf, T, suffix)                                                                     \
+    GEMM_KERNELS(gemm_nn_fff, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_tn_ttf, T, suffix)                                                                     \
     GEMM_KERNELS(gemm_tn_ftf, T, suffix)
 

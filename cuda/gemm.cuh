@@ -79,8 +79,9 @@ template <typename T, typename S, Inner INNER, int EXTENT, int DEPTH, int THREAD
     bool wide;
     float staged[CONVERTS ? COUNT * 8 : 1]; // elements on their way, when they are converted
 
-    /// `extent` is that of the matrix beside `k`; `start` is where the block's tile begins in it.
-    DEVICE Loader(const void *matrix, int extent, int k, int start) {
+    /// `extent` is that of the matrix beside `k`; `start` is where the block's tile begins in it. Only codes (int8.cuh) have
+    /// scales.
+    DEVICE Loader(const void *matrix, const float * /* scales */, int extent, int k, int start) {
         row = threadIdx.x / Tile::CHUNKS;
         int chunk = threadIdx.x % Tile::CHUNKS;
         column = chunk * 8;
@@ -221,12 +222,13 @@ template <typename C> struct Output {
     C *c;
     const float *bias;
     const C *residual;
+    int stride; // from row to row of c and of the residual
     float alpha, beta, gamma;
 
-    /// Do rows of c begin at multiples of 16 bytes?
+    /// Do rows of c begin at multiples of 16 bytes, and do their `columns` end there?
     DEVICE bool wide(int columns) const {
-        return columns % Vec<C>::N == 0 && reinterpret_cast<uintptr_t>(c) % 16 == 0 &&
-               reinterpret_cast<uintptr_t>(residual) % 16 == 0;
+        return columns % Vec<C>::N == 0 && stride % Vec<C>::N == 0 &&
+               reinterpret_cast<uintptr_t>(c) % 16 == 0 && reinterpret_cast<uintptr_t>(residual) % 16 == 0;
     }
 
     /// Finishes the sum `v` of element `at`, in column `column`.
@@ -265,12 +267,13 @@ template <typename C> struct Output {
 
 template <typename C> DEVICE Output<C> output_of(const Gemm &p) {
     const C *residual = static_cast<const C *>(p.residual);
-    return Output<C>{static_cast<C *>(p.c), p.bias, residual, p.alpha, p.beta, p.gamma};
+    return Output<C>{static_cast<C *>(p.c), p.bias, residual, p.stride, p.alpha, p.beta, p.gamma};
 }
 
 /// Where the bare sums of the block's part of K go.
 DEVICE Output<float> partial_of(const Gemm &p) {
-    return Output<float>{p.partial + int64_t(blockIdx.y) * p.m * p.n, nullptr, nullptr, 1.0f, 0.0f, 0.0f};
+    float *partial = p.partial + int64_t(blockIdx.y) * p.m * p.n;
+    return Output<float>{partial, nullptr, nullptr, p.n, 1.0f, 0.0f, 0.0f};
 }
 
 /// Writes a warp's part of c, whose first element is (m, n) of the matrix.
@@ -302,7 +305,7 @@ DEVICE void write_out(const Accumulators<W> &sums, const Output<C> &output, floa
         for (int r = lane / LANES; r < 16; r += 32 / LANES) {
             int row = m + 16 * i + r, column = n + lane % LANES * WIDTH;
             const float *from = slab + r * STRIDE + lane % LANES * WIDTH;
-            int64_t at = int64_t(row) * columns + column;
+            int64_t at = int64_t(row) * output.stride + column;
             if (row >= rows || column >= columns) continue;
             if (wide) {
                 float v[WIDTH];
@@ -361,8 +364,8 @@ DEVICE void multiply(const Gemm &p) {
     int warp_m = warp / W::WARPS_N * W::WARP_M, warp_n = warp % W::WARPS_N * W::WARP_N;
     bool works = at.m + warp_m < p.m && at.n + warp_n < p.n;
 
-    Loader<T, SA, INNER_A, W::M, W::DEPTH, W::THREADS> a(p.a, p.m, p.k, at.m);
-    Loader<T, SB, INNER_B, W::N, W::DEPTH, W::THREADS> b(p.b, p.n, p.k, at.n);
+    Loader<T, SA, INNER_A, W::M, W::DEPTH, W::THREADS> a(p.a, nullptr, p.m, p.k, at.m);
+    Loader<T, SB, INNER_B, W::N, W::DEPTH, W::THREADS> b(p.b, p.scales, p.n, p.k, at.n);
     auto fetch = [&](int slice, int stage) {
         if (slice < part.end) {
             a.fetch(stages + stage * STAGE, slice * W::DEPTH);

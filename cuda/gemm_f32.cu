@@ -4,7 +4,7 @@
 /// registers into two stages of shared memory, both operands with k as the row: a warp then reads 8 values
 /// that all its lanes share or that two halves share, and 4 per lane side by side. Tiles and parts of K are
 /// numbered as in gemm.cuh.
-#include "gemm.cuh"
+#include "int8.cuh"
 
 namespace {
 
@@ -15,17 +15,19 @@ constexpr int STAGE = 2 * DEPTH * STRIDE;
 static_assert(2 * STAGE * 4 == GLM_GEMM_F32_SHARED_BYTES, "launched with other shared memory");
 static_assert(GLM_GEMM_SMALL_DEPTH % DEPTH == 0, "parts of K begin at slices");
 
-/// A thread's eight elements of an operand's tile, on their way from global to shared memory.
-template <Inner INNER> struct Slice {
-    const float *matrix;
+/// A thread's eight elements of an operand's tile, on their way from global to shared memory. S: float, or int8_t with a
+/// scale for each row of the matrix as it lies in memory.
+template <typename S, Inner INNER> struct Slice {
+    const S *matrix;
+    const float *scales;
     int extent, k, start;
     bool wide;
     float values[2][4];
 
-    DEVICE Slice(const void *matrix, int extent, int k, int start)
-        : matrix(static_cast<const float *>(matrix)), extent(extent), k(k), start(start) {
+    DEVICE Slice(const void *matrix, const float *scales, int extent, int k, int start)
+        : matrix(static_cast<const S *>(matrix)), scales(scales), extent(extent), k(k), start(start) {
         int columns = INNER == Inner::K ? k : extent;
-        wide = columns % 4 == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
+        wide = columns % 4 == 0 && reinterpret_cast<uintptr_t>(matrix) % (4 * sizeof(S)) == 0;
     }
 
     /// Position of four elements of the tile: (index along the extent, index along k) of the first.
@@ -48,8 +50,14 @@ template <Inner INNER> struct Slice {
             e += start;
             d += from_k;
             bool inside = e < extent && d < k;
-            const float *from = matrix + (INNER == Inner::K ? int64_t(e) * k + d : int64_t(d) * extent + e);
-            if (wide) {
+            const S *from = matrix + (INNER == Inner::K ? int64_t(e) * k + d : int64_t(d) * extent + e);
+            if constexpr (sizeof(S) == 1) {
+                int left = INNER == Inner::K ? k - d : extent - e;
+                load_codes(values[i], from, wide, inside ? left : 0);
+                float scale = inside ? scales[INNER == Inner::K ? e : d] : 0.0f;
+                UNROLL
+                for (int j = 0; j < 4; ++j) values[i][j] *= scale;
+            } else if (wide) {
                 U128 v{0, 0, 0, 0};
                 if (inside) v = load_16(from);
                 values[i][0] = __uint_as_float(v.x);
@@ -77,15 +85,15 @@ template <Inner INNER> struct Slice {
     }
 };
 
-template <Inner INNER_A, Inner INNER_B> DEVICE void multiply_f32(const Gemm &p) {
+template <typename SB, Inner INNER_A, Inner INNER_B> DEVICE void multiply_f32(const Gemm &p) {
     SHARED_MEMORY(float, stages);
     TileOfC tile = tile_of_c<TILE, TILE>(p);
     PartOfK part = part_of_k<GLM_GEMM_SMALL_DEPTH>(p);
     int begin = part.begin * GLM_GEMM_SMALL_DEPTH, end = min(part.end * GLM_GEMM_SMALL_DEPTH, p.k);
     int first_row = threadIdx.x / (TILE / 4) * 8, first_column = threadIdx.x % (TILE / 4) * 4;
 
-    Slice<INNER_A> a(p.a, p.m, p.k, tile.m);
-    Slice<INNER_B> b(p.b, p.n, p.k, tile.n);
+    Slice<float, INNER_A> a(p.a, nullptr, p.m, p.k, tile.m);
+    Slice<SB, INNER_B> b(p.b, p.scales, p.n, p.k, tile.n);
     float sums[8][4] = {};
     if (begin < end) {
         a.fetch(begin);
@@ -131,7 +139,7 @@ template <Inner INNER_A, Inner INNER_B> DEVICE void multiply_f32(const Gemm &p) 
     for (int i = 0; i < 8; ++i) {
         int row = tile.m + first_row + i;
         if (row >= p.m || column >= p.n) continue;
-        int64_t at = int64_t(row) * p.n + column;
+        int64_t at = int64_t(row) * output.stride + column;
         if (wide) {
             output.many(sums[i], at, column);
         } else {
@@ -146,8 +154,12 @@ template <Inner INNER_A, Inner INNER_B> DEVICE void multiply_f32(const Gemm &p) 
 } // namespace
 
 // static: gemm_nt_f32 threads=128 shared=17408 expect=load16
-KERNEL(gemm_nt_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<Inner::K, Inner::K>(p); }
+KERNEL(gemm_nt_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<float, Inner::K, Inner::K>(p); }
 // static: gemm_nn_f32 threads=128 shared=17408 expect=load16
-KERNEL(gemm_nn_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<Inner::K, Inner::EXTENT>(p); }
+KERNEL(gemm_nn_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<float, Inner::K, Inner::EXTENT>(p); }
 // static: gemm_tn_f32 threads=128 shared=17408 expect=load16
-KERNEL(gemm_tn_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<Inner::EXTENT, Inner::EXTENT>(p); }
+KERNEL(gemm_tn_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<float, Inner::EXTENT, Inner::EXTENT>(p); }
+// static: gemm_nt_i_f32 threads=128 shared=17408
+KERNEL(gemm_nt_i_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<int8_t, Inner::K, Inner::K>(p); }
+// static: gemm_nn_i_f32 threads=128 shared=17408
+KERNEL(gemm_nn_i_f32, Gemm, GLM_GEMM_THREADS) { multiply_f32<int8_t, Inner::K, Inner::EXTENT>(p); }

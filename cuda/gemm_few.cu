@@ -101,7 +101,7 @@ template <typename T, typename C> DEVICE void gemm_few(const Gemm &p) {
         for (int w = 0; w < WARPS; ++w) {
             v += shared[(w * GLM_GEMM_FEW_ROWS + row) * STRIDE + threadIdx.x % OUTPUTS];
         }
-        output.one(v, int64_t(row) * p.n + column, column);
+        output.one(v, int64_t(row) * p.stride + column, column);
     }
 }
 

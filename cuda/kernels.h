@@ -458,7 +458,10 @@ GLM_ASSERT_SIZE(struct Adamw8bit, 40);
 /// `gemm_<layout>_<types>`: layout nt takes a [M, K] and b [N, K], nn a [M, K] and b [K, N], tn a [K, M] and
 /// b [K, N]; types are those of a, b and c, t the kernel's and f float32, rounded to the kernel's type before
 /// it is multiplied. `gemm_<layout>_f32` computes in float32. c is not read when beta is 0; `bias` and
-/// `residual`, of c's type, may be null.
+/// `residual`, of c's type, may be null. Rows of c and of the residual begin `stride` elements apart.
+///
+/// Type i (b only; int8.cu, and `gemm_<layout>_i_f32`): int8, each row of b as it lies in memory times its number of `scales`,
+/// rounded to the kernel's type before it is multiplied.
 ///
 /// With `splits` above 1 K is cut into as many parts and a kernel only writes the sums of its part, to
 /// `partial [splits, M, N]`; `gemm_sum` of c's type then makes c of them.
@@ -469,15 +472,29 @@ struct Gemm {
     const float *bias;
     const void *residual;
     float *partial;
+    const float *scales;
     int32_t m;
     int32_t n;
     int32_t k;
+    int32_t stride;
     int32_t splits;
     float alpha;
     float beta;
     float gamma;
 };
-GLM_ASSERT_SIZE(Gemm, 80);
+GLM_ASSERT_SIZE(Gemm, 88);
+
+// --- int8.cu ----------------------------------------------------------------------------------------------------------
+
+/// `out [rows, columns] = codes [rows, columns] * scales [rows]`, rounded once to T.
+struct Int8Dequantize {
+    void *out;
+    const int8_t *codes;
+    const float *scales;
+    uint32_t rows;
+    uint32_t columns;
+};
+GLM_ASSERT_SIZE(struct Int8Dequantize, 32);
 
 // --- loss.cu ----------------------------------------------------------------------------------------------------------
 

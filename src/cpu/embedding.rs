@@ -14,6 +14,23 @@ pub fn gather<T: Real>(weight: Weight<'_, T>, ids: &[i32], y: &mut [T]) {
     });
 }
 
+/// `y[i] = convert(w[ids[i]])`, rows of `n`.
+pub fn gather_converted<S: Copy + Sync, D: Send>(
+    w: &[S],
+    ids: &[i32],
+    n: usize,
+    y: &mut [D],
+    convert: impl Fn(S) -> D + Sync,
+) {
+    parallel::rows(y, n, n / 4, |first, rows| {
+        for (row, &id) in rows.chunks_exact_mut(n).zip(&ids[first..]) {
+            for (y, &w) in row.iter_mut().zip(&w[id as usize * n..][..n]) {
+                *y = convert(w);
+            }
+        }
+    });
+}
+
 /// `dweight[ids[i]] += dy[i]`, in order.
 pub fn scatter_add<T: Real>(dy: &[T], ids: &[i32], n: usize, dweight: &mut [T]) {
     for (dy, &id) in dy.chunks_exact(n).zip(ids) {

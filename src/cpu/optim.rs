@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::real::{Real, vectorized};
+use crate::tensor::Element;
 
 /// Elements per parallel task: small enough to share, large enough to be worth a task. The sums of
 /// [`sum_of_squares`] are cut here as well, so their value does not depend on the number of threads.
@@ -180,6 +181,14 @@ pub fn lion(p: &mut [f32], g: &[f32], m: &mut [f32], rate: f32, decay: f32, f: &
             *m = f.beta2 * *m + f.one_minus_beta2 * g;
         },
     );
+}
+
+/// `to = round(from)`, element by element; both slices have one length.
+pub fn round_into<T: Element>(from: &[f32], to: &mut [T], round: fn(f32) -> T) {
+    assert!(from.len() == to.len(), "round_into: slices of different lengths");
+    to.par_chunks_mut(CHUNK)
+        .zip(from.par_chunks(CHUNK))
+        .for_each(|(to, from)| to.iter_mut().zip(from).for_each(|(to, &from)| *to = round(from)));
 }
 
 /// `sum x^2` in f64. The order of the additions depends on the length only.

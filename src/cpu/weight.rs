@@ -55,6 +55,15 @@ pub struct Codes4<'a> {
     pub table: &'static [f32; 16],
 }
 
+/// An 8-bit matrix: element (i, k) is `codes[i, k] * scales[i]`, rounded to f32.
+#[derive(Clone, Copy)]
+pub struct Codes8<'a> {
+    /// One element a byte.
+    pub codes: &'a [i8],
+    /// One scale a row.
+    pub scales: &'a [f32],
+}
+
 /// The elements of a weight matrix, row-major.
 #[derive(Clone, Copy)]
 pub enum Elements<'a, T> {
@@ -68,6 +77,8 @@ pub enum Elements<'a, T> {
     BF16(&'a [bf16]),
     /// 4-bit codes.
     Codes4(Codes4<'a>),
+    /// 8-bit codes.
+    Codes8(Codes8<'a>),
 }
 
 /// A weight matrix `[rows, columns]` = `[out_features, in_features]`.
@@ -93,6 +104,13 @@ impl<T: Real> Weight<'_, T> {
                 Elements::F16(w) => half_to(&w[at..at + width], out),
                 Elements::BF16(w) => convert(&w[at..at + width], out, bf16::to_f32),
                 Elements::Codes4(w) => w.decode(at, out),
+                Elements::Codes8(w) => {
+                    let scale = w.scales[row];
+                    super::real::vectorized(
+                        #[inline(always)]
+                        || convert(&w.codes[at..at + width], out, |code| f32::from(code) * scale),
+                    );
+                }
             }
         }
     }

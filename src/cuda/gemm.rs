@@ -1,4 +1,5 @@
-//! Products of dense matrices: which kernel of `cuda/gemm*.cu` computes one, and with how many blocks.
+//! Products with dense matrices and with 8-bit ones: which kernel of `cuda/gemm*.cu` and `cuda/int8.cu` computes one, and with how
+//! many blocks.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -6,6 +7,7 @@ use std::ptr;
 use super::sys::{self, Gemm};
 use super::{Grid, SCRATCH, blocks, describe, device, launch_named, size};
 use crate::error::{Error, Result};
+use crate::quant::RowInt8;
 use crate::tensor::{DType, Device, Tensor};
 
 /// As many blocks as keep a card busy: K is cut to get there. Not asked of the card, so that results do not
@@ -27,6 +29,50 @@ pub(super) enum Layout {
     Tn,
 }
 
+/// The matrix of a product with activations, `[N, K]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Matrix<'a> {
+    /// Of the compute type, or of f32 when it trains.
+    Dense(&'a Tensor),
+    /// In 8 bits.
+    Int8(&'a RowInt8),
+}
+
+/// Some rows of a [`Matrix`], as `Gemm` takes them for its b.
+pub(super) struct Rows {
+    pub address: *const c_void,
+    /// Of 8-bit rows.
+    pub scales: *const f32,
+    /// U8 stands for codes.
+    pub dtype: DType,
+}
+
+impl Matrix<'_> {
+    pub(super) fn extents(&self) -> (usize, usize) {
+        match self {
+            Matrix::Dense(w) => w.shape().rows_and_columns(),
+            Matrix::Int8(w) => w.shape().rows_and_columns(),
+        }
+    }
+
+    /// The rows from `start` on.
+    pub(super) fn rows_from(&self, start: usize) -> Rows {
+        let (_, k) = self.extents();
+        match self {
+            Matrix::Dense(w) => Rows {
+                address: w.device_ptr().wrapping_byte_add(start * k * w.dtype().size()),
+                scales: ptr::null(),
+                dtype: w.dtype(),
+            },
+            Matrix::Int8(w) => Rows {
+                address: w.codes.device_ptr().wrapping_byte_add(start * k),
+                scales: w.scales.device_ptr().cast::<f32>().wrapping_add(start),
+                dtype: DType::U8,
+            },
+        }
+    }
+}
+
 /// What varies between kernels of one product.
 struct Variant {
     /// Between the stem of the name and the type: empty, `_small`.
@@ -36,33 +82,45 @@ struct Variant {
     splits: usize,
 }
 
-/// The stem of the kernel's name and the type that it computes in, if there is one for operands a, b and c of
-/// `types`.
-fn stem(layout: Layout, types: [DType; 3]) -> Option<(&'static str, DType)> {
-    use DType::F32;
+/// The stem of the kernel's name and the type that it computes in, if there is one that computes in `compute` for operands a, b
+/// and c of `types`; U8 stands for 8-bit codes. Without an operand of 16 bits or codes it computes in f32, but for `a b` with a head that trains.
+fn stem(layout: Layout, compute: DType, types: [DType; 3]) -> Option<(&'static str, DType)> {
+    use DType::{F32, U8};
     use Layout::{Nn, Nt, Tn};
-    let compute = types.into_iter().find(|&dtype| dtype != F32).unwrap_or(F32);
-    if compute == F32 {
-        let name = match layout {
-            Nt => "gemm_nt",
-            Nn => "gemm_nn",
-            Tn => "gemm_tn",
-        };
-        return Some((name, F32));
-    }
-    if !matches!(compute, DType::F16 | DType::BF16) || types.iter().any(|&t| t != compute && t != F32) {
+    let compute = if types == [F32; 3] && layout != Nn {
+        F32
+    } else {
+        compute
+    };
+    if !matches!(compute, F32 | DType::F16 | DType::BF16) {
         return None;
     }
-    let name = match (layout, types.map(|dtype| dtype == F32)) {
-        (Nt, [false, false, false]) => "gemm_nt_ttt",
-        (Nt, [false, true, false]) => "gemm_nt_tft",
-        (Nt, [false, false, true]) => "gemm_nt_ttf",
-        (Nt, [false, true, true]) => "gemm_nt_tff",
-        (Nn, [false, false, false]) => "gemm_nn_ttt",
-        (Nn, [false, true, false]) => "gemm_nn_tft",
-        (Nn, [true, false, true]) => "gemm_nn_ftf",
-        (Tn, [false, false, true]) => "gemm_tn_ttf",
-        (Tn, [true, false, true]) => "gemm_tn_ftf",
+    let letter = |dtype| match dtype {
+        F32 => Some('f'),
+        U8 => Some('i'),
+        dtype => (dtype == compute).then_some('t'),
+    };
+    let [a, b, c] = types.map(letter);
+    let name = match (layout, [a?, b?, c?]) {
+        (Nt, ['f', 'f', 'f']) => "gemm_nt",
+        (Nn, ['f', 'f', 'f']) if compute == F32 => "gemm_nn",
+        (Nn, ['f', 'f', 'f']) => "gemm_nn_fff",
+        (Tn, ['f', 'f', 'f']) => "gemm_tn",
+        (Nt, ['f', 'i', 'f']) if compute == F32 => "gemm_nt_i",
+        (Nn, ['f', 'i', 'f']) if compute == F32 => "gemm_nn_i",
+        (Nn, ['f', 'i', 'f']) => "gemm_nn_fif",
+        (Nt, ['t', 't', 't']) => "gemm_nt_ttt",
+        (Nt, ['t', 'f', 't']) => "gemm_nt_tft",
+        (Nt, ['t', 't', 'f']) => "gemm_nt_ttf",
+        (Nt, ['t', 'f', 'f']) => "gemm_nt_tff",
+        (Nt, ['t', 'i', 't']) => "gemm_nt_tit",
+        (Nt, ['t', 'i', 'f']) => "gemm_nt_tif",
+        (Nn, ['t', 't', 't']) => "gemm_nn_ttt",
+        (Nn, ['t', 'f', 't']) => "gemm_nn_tft",
+        (Nn, ['f', 't', 'f']) => "gemm_nn_ftf",
+        (Nn, ['t', 'i', 't']) => "gemm_nn_tit",
+        (Tn, ['t', 't', 'f']) => "gemm_tn_ttf",
+        (Tn, ['f', 't', 'f']) => "gemm_tn_ftf",
         _ => return None,
     };
     Some((name, compute))
@@ -105,7 +163,8 @@ impl Variant {
     }
 }
 
-/// The product that `gemm` describes, apart from `splits` and `partial`, of operands a, b and c of `types`.
+/// The product that `gemm` describes, apart from `splits` and `partial`, of operands a, b and c of `types`, computed in `compute`
+/// if one of them is narrower than f32.
 ///
 /// # Errors
 /// There is no kernel for these types, or the driver refuses.
@@ -117,10 +176,11 @@ pub(super) unsafe fn multiply(
     ordinal: u8,
     operation: &'static str,
     layout: Layout,
+    compute: DType,
     types: [DType; 3],
     gemm: Gemm,
 ) -> Result<()> {
-    let Some((stem, compute)) = stem(layout, types) else {
+    let Some((stem, compute)) = stem(layout, compute, types) else {
         let [a, b, c] = types;
         return Err(Error::Shape {
             operation,
@@ -186,9 +246,13 @@ pub(super) unsafe fn multiply(
 
 /// Is it a product for `gemm_few`, with few rows and a matrix that is read 16 bytes at a time?
 fn few(stem: &str, gemm: &Gemm) -> bool {
-    matches!(stem, "gemm_nt_ttt" | "gemm_nt_ttf")
-        && gemm.m <= sys::GLM_GEMM_FEW_ROWS as i32
-        && gemm.k % 8 == 0
+    let unit = match stem {
+        "gemm_nt_ttt" | "gemm_nt_ttf" => 8,
+        "gemm_nt_tit" | "gemm_nt_tif" => 16,
+        _ => return false,
+    };
+    gemm.m <= sys::GLM_GEMM_FEW_ROWS as i32
+        && gemm.k % unit == 0
         && gemm.a.align_offset(16) == 0
         && gemm.b.align_offset(16) == 0
 }
@@ -231,9 +295,11 @@ pub(super) fn product(
         bias: ptr::null(),
         residual: ptr::null(),
         partial: ptr::null_mut(),
+        scales: ptr::null(),
         m: size(operation, m)?,
         n: size(operation, n)?,
         k: size(operation, k)?,
+        stride: size(operation, n)?,
         splits: 1,
         alpha: 1.0,
         beta: 0.0,
@@ -247,22 +313,26 @@ pub(super) fn product(
 /// There is no kernel for these types, or the driver refuses.
 pub(crate) fn linear(
     x: &Tensor,
-    w: &Tensor,
+    w: Matrix<'_>,
     bias: Option<&Tensor>,
     residual: Option<(f64, &Tensor)>,
     y: &mut Tensor,
 ) -> Result<()> {
     const OPERATION: &str = "linear";
     let (m, k) = x.shape().rows_and_columns();
-    let (n, _) = w.shape().rows_and_columns();
-    let types = [x.dtype(), w.dtype(), y.dtype()];
-    let mut gemm = product(
-        OPERATION,
-        [m, n, k],
-        x.device_ptr(),
-        w.device_ptr(),
-        y.device_ptr_mut(),
-    )?;
+    let (n, _) = w.extents();
+    let w = w.rows_from(0);
+    let types = [x.dtype(), w.dtype, y.dtype()];
+    let mut gemm = Gemm {
+        scales: w.scales,
+        ..product(
+            OPERATION,
+            [m, n, k],
+            x.device_ptr(),
+            w.address,
+            y.device_ptr_mut(),
+        )?
+    };
     if let Some(bias) = bias {
         gemm.bias = bias.device_ptr().cast();
     }
@@ -270,8 +340,17 @@ pub(crate) fn linear(
         (gemm.gamma, gemm.residual) = (alpha as f32, residual.device_ptr());
     }
     // SAFETY: ops::linear has checked that x is [M, K], w [N, K], y and residual [M, N] of one type and bias
-    // N numbers of f32, all on one device.
-    unsafe { multiply(ordinal(OPERATION, x)?, OPERATION, Layout::Nt, types, gemm) }
+    // N numbers of f32, all on one device; 8-bit weights have N scales.
+    unsafe {
+        multiply(
+            ordinal(OPERATION, x)?,
+            OPERATION,
+            Layout::Nt,
+            x.dtype(),
+            types,
+            gemm,
+        )
+    }
 }
 
 /// `dx [M, K] = dy [M, N] W + alpha * residual`.
@@ -280,27 +359,40 @@ pub(crate) fn linear(
 /// As [`linear`].
 pub(crate) fn linear_backward_input(
     dy: &Tensor,
-    w: &Tensor,
+    w: Matrix<'_>,
     residual: Option<(f64, &Tensor)>,
     dx: &mut Tensor,
 ) -> Result<()> {
     const OPERATION: &str = "linear_backward_input";
     let (m, n) = dy.shape().rows_and_columns();
-    let (_, k) = w.shape().rows_and_columns();
-    let types = [dy.dtype(), w.dtype(), dx.dtype()];
-    let mut gemm = product(
-        OPERATION,
-        [m, k, n],
-        dy.device_ptr(),
-        w.device_ptr(),
-        dx.device_ptr_mut(),
-    )?;
+    let (_, k) = w.extents();
+    let w = w.rows_from(0);
+    let types = [dy.dtype(), w.dtype, dx.dtype()];
+    let mut gemm = Gemm {
+        scales: w.scales,
+        ..product(
+            OPERATION,
+            [m, k, n],
+            dy.device_ptr(),
+            w.address,
+            dx.device_ptr_mut(),
+        )?
+    };
     if let Some((alpha, residual)) = residual {
         (gemm.gamma, gemm.residual) = (alpha as f32, residual.device_ptr());
     }
     // SAFETY: ops::linear_backward_input has checked that dy is [M, N], w [N, K], dx and residual [M, K] of
-    // one type, all on one device.
-    unsafe { multiply(ordinal(OPERATION, dy)?, OPERATION, Layout::Nn, types, gemm) }
+    // one type, all on one device; 8-bit weights have N scales.
+    unsafe {
+        multiply(
+            ordinal(OPERATION, dy)?,
+            OPERATION,
+            Layout::Nn,
+            dy.dtype(),
+            types,
+            gemm,
+        )
+    }
 }
 
 /// `c [M, N] = alpha * op(a) op(b) + beta * c`; `op` transposes when its flag is set.
@@ -334,6 +426,8 @@ pub(crate) fn matmul(
     let (rows, columns) = a.0.shape().rows_and_columns();
     let k = if a.1 { rows } else { columns };
     let types = [a.0.dtype(), b.0.dtype(), c.dtype()];
+    let compute = types.into_iter().find(|&dtype| dtype != DType::F32);
+    let compute = compute.unwrap_or(DType::F32);
     let gemm = Gemm {
         alpha: alpha as f32,
         beta: beta as f32,
@@ -347,5 +441,5 @@ pub(crate) fn matmul(
     };
     // SAFETY: ops::matmul has checked that op(a) is [M, K], op(b) [K, N] and c [M, N], all on one device;
     // `multiply` knows which types there are.
-    unsafe { multiply(ordinal(OPERATION, c)?, OPERATION, layout, types, gemm) }
+    unsafe { multiply(ordinal(OPERATION, c)?, OPERATION, layout, compute, types, gemm) }
 }

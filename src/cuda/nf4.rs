@@ -1,5 +1,6 @@
 //! 4-bit weights: on their way to a device and back, quantised there, decoded there.
 
+use std::ops::Range;
 use std::ptr;
 
 use half::{bf16, f16};
@@ -10,7 +11,7 @@ use super::sys::{
 };
 use super::{Grid, blocks, launch, launch_named, size};
 use crate::error::{Error, Result};
-use crate::quant::{self, Absmax, BLOCK, NESTED_BLOCK, QuantTensor, QuantType};
+use crate::quant::{self, Absmax, BLOCK, NESTED_BLOCK, Order, QuantTensor, QuantType};
 use crate::tensor::{DType, Device, Shape, Tensor};
 
 /// Outputs of a group, to whose multiples rows are padded.
@@ -195,6 +196,16 @@ enum Direction {
     Unpack,
 }
 
+impl Direction {
+    /// In which order a weight ends.
+    fn order(self) -> Order {
+        match self {
+            Direction::Pack => Order::Groups,
+            Direction::Unpack => Order::Rows,
+        }
+    }
+}
+
 /// Copies codes and scales of a weight that lies on device `card` between the two orders; the new weight lies there too.
 fn repack(
     operation: &'static str,
@@ -214,6 +225,9 @@ fn repack(
     let (_, packed_scales) = packed_sizes(n, k);
 
     let mut codes = Tensor::zeros_on(Device::Cuda(card), DType::U8, [bytes])?;
+    if codes.is_planned() {
+        return planned(from, codes, scales, direction);
+    }
     let (to, source) = (codes.device_ptr_mut(), from.codes.device_ptr().cast_mut());
     let (packed, plain) = if packing { (to, source) } else { (source, to) };
     let zero = from.table().iter().position(|&value| value == 0.0).unwrap_or(0);
@@ -270,6 +284,32 @@ fn repack(
     Ok(QuantTensor {
         codes,
         absmax,
+        order: direction.order(),
+        ..from.clone()
+    })
+}
+
+/// What [`repack`] makes in a plan: the same tensors without contents.
+fn planned(from: &QuantTensor, codes: Tensor, scales: usize, direction: Direction) -> Result<QuantTensor> {
+    let reorder = |from: &Tensor| Tensor::zeros_on(codes.device(), from.dtype(), [scales]);
+    let absmax = match &from.absmax {
+        Absmax::Flat(absmax) => Absmax::Flat(reorder(absmax)?),
+        Absmax::Nested {
+            codes,
+            nested_absmax,
+            offset,
+            code,
+        } => Absmax::Nested {
+            codes: reorder(codes)?,
+            nested_absmax: nested_absmax.clone(),
+            offset: *offset,
+            code: code.clone(),
+        },
+    };
+    Ok(QuantTensor {
+        codes,
+        absmax,
+        order: direction.order(),
         ..from.clone()
     })
 }
@@ -335,6 +375,10 @@ pub(crate) fn quantize(
     let mut codes = Tensor::zeros_on(device, DType::U8, [n * k / 2])?;
     let mut flat = Tensor::zeros_on(device, DType::F32, [scales])?;
     let mut bad = Tensor::zeros_on(device, DType::I32, [1])?;
+    if codes.is_planned() {
+        let plain = QuantTensor::planned(source, quant_type, double_quant, codes, flat)?;
+        return repack(OPERATION, &plain, card, Direction::Pack).map(Some);
+    }
     let ranks = quant_type.ranks();
     let params = Nf4Quantize {
         codes: codes.device_ptr_mut().cast(),
@@ -364,6 +408,7 @@ pub(crate) fn quantize(
         quant_type,
         codes,
         absmax,
+        order: Order::Rows,
         shape: source.shape(),
         source_dtype: source.dtype(),
     };
@@ -415,16 +460,27 @@ fn quantize_absmax(operation: &'static str, card: u8, flat: &Tensor) -> Result<O
     }))
 }
 
-/// `out [N, K] = w`, rounded once to out's type.
+/// `out [rows, K]`: these rows of w, rounded once to out's type.
 ///
 /// # Errors
-/// The driver refuses.
-pub(crate) fn dequantize(w: &QuantTensor, out: &mut Tensor) -> Result<()> {
+/// The first row is none that a group begins with, or the driver refuses.
+pub(crate) fn dequantize(w: &QuantTensor, rows: Range<usize>, out: &mut Tensor) -> Result<()> {
     const OPERATION: &str = "dequantize";
-    let (n, k) = w.shape.rows_and_columns();
+    if !rows.start.is_multiple_of(GROUP) {
+        return Err(Error::Shape {
+            operation: OPERATION,
+            found: format!("rows from {}", rows.start),
+            expected: format!("rows from a multiple of {GROUP} on"),
+        });
+    }
+    let (n, k) = (rows.len(), w.shape.rows_and_columns().1);
     let params = Nf4Dequantize {
         out: out.device_ptr_mut(),
-        w: weight(OPERATION, w)?,
+        w: Nf4Weight {
+            first: extent(OPERATION, rows.start)?,
+            outputs: extent(OPERATION, n)?,
+            ..weight(OPERATION, w)?
+        },
         values: values(w.quant_type, DType::F32).0,
     };
     let all = Grid {
@@ -433,7 +489,8 @@ pub(crate) fn dequantize(w: &QuantTensor, out: &mut Tensor) -> Result<()> {
         threads: THREADS as u32,
         shared_bytes: (256 + 16) * 4,
     };
-    // SAFETY: ops::dequantize has checked that out is [N, K] and lies where w does; w was placed there by `place`.
+    // SAFETY: ops::dequantize has checked that w has the rows, and that out has room for them and lies where w does; w was
+    // placed there by `place`.
     unsafe {
         launch(
             ordinal(OPERATION, out)?,

@@ -1,5 +1,7 @@
 //! Launches of `cuda/pointwise.cu`: elementwise functions.
 
+use std::ops::Range;
+
 use super::sys::{
     Cast, Dropout, GLM_DROPOUT_ACCUMULATE, GLM_DROPOUT_REST, GLM_DROPOUT_WRITE, GLM_POINTWISE_THREADS,
     GeluBackward, GeluForward, Noise, Rope,
@@ -11,9 +13,14 @@ use crate::tensor::{DType, Tensor};
 
 /// One thread for every 16 bytes of a tensor like `x`.
 fn a_thread_for_16_bytes(operation: &'static str, x: &Tensor) -> Result<Grid> {
-    let per_block = GLM_POINTWISE_THREADS as usize * 16 / x.dtype().size();
+    a_thread_for_16_bytes_of(operation, x.elements(), x.dtype())
+}
+
+/// One thread for every 16 bytes of `elements` elements.
+fn a_thread_for_16_bytes_of(operation: &'static str, elements: usize, dtype: DType) -> Result<Grid> {
+    let per_block = GLM_POINTWISE_THREADS as usize * 16 / dtype.size();
     Ok(Grid {
-        blocks: [blocks(operation, x.elements(), per_block)?, 1, 1],
+        blocks: [blocks(operation, elements, per_block)?, 1, 1],
         threads: GLM_POINTWISE_THREADS,
         shared_bytes: 0,
     })
@@ -116,6 +123,24 @@ pub(crate) fn cast(x: &Tensor, y: &mut Tensor) -> Result<()> {
     };
     // SAFETY: ops has checked that both have n elements on one device; the kernel is that of their types.
     unsafe { launch_named(ordinal(x), "cast", &kernel, grid, &params) }
+}
+
+/// As [`crate::ops::round_into`], into F16 or BF16.
+pub(crate) fn round_into(from: &Tensor, range: Range<usize>, to: &mut Tensor, at: usize) -> Result<()> {
+    let kernel = match to.dtype() {
+        DType::F16 => "cast_f32_f16",
+        _ => "cast_f32_bf16",
+    };
+    let grid = a_thread_for_16_bytes_of("round_into", range.len(), to.dtype())?;
+    let params = Cast {
+        y: to.device_ptr_mut().wrapping_byte_add(at * to.dtype().size()),
+        x: from
+            .device_ptr()
+            .wrapping_byte_add(range.start * size_of::<f32>()),
+        n: range.len() as u64,
+    };
+    // SAFETY: ops has checked the types, that both lie on one device, and that the ranges lie within them.
+    unsafe { launch_named(ordinal(from), "round_into", kernel, grid, &params) }
 }
 
 /// As [`crate::ops::rope`].

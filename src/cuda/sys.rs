@@ -793,7 +793,7 @@ const _: () = {
     ["Offset of field: Adamw8bit::maps"][::core::mem::offset_of!(Adamw8bit, maps) - 8usize];
     ["Offset of field: Adamw8bit::factors"][::core::mem::offset_of!(Adamw8bit, factors) - 16usize];
 };
-#[doc = " `c [M, N] = alpha * op(a) op(b) + beta * c + bias [N] + gamma * residual [M, N]`, summed in float32.\n\n `gemm_<layout>_<types>`: layout nt takes a [M, K] and b [N, K], nn a [M, K] and b [K, N], tn a [K, M] and\n b [K, N]; types are those of a, b and c, t the kernel's and f float32, rounded to the kernel's type before\n it is multiplied. `gemm_<layout>_f32` computes in float32. c is not read when beta is 0; `bias` and\n `residual`, of c's type, may be null.\n\n With `splits` above 1 K is cut into as many parts and a kernel only writes the sums of its part, to\n `partial [splits, M, N]`; `gemm_sum` of c's type then makes c of them."]
+#[doc = " `c [M, N] = alpha * op(a) op(b) + beta * c + bias [N] + gamma * residual [M, N]`, summed in float32.\n\n `gemm_<layout>_<types>`: layout nt takes a [M, K] and b [N, K], nn a [M, K] and b [K, N], tn a [K, M] and\n b [K, N]; types are those of a, b and c, t the kernel's and f float32, rounded to the kernel's type before\n it is multiplied. `gemm_<layout>_f32` computes in float32. c is not read when beta is 0; `bias` and\n `residual`, of c's type, may be null. Rows of c and of the residual begin `stride` elements apart.\n\n Type i (b only; int8.cu, and `gemm_<layout>_i_f32`): int8, each row of b as it lies in memory times its number of `scales`,\n rounded to the kernel's type before it is multiplied.\n\n With `splits` above 1 K is cut into as many parts and a kernel only writes the sums of its part, to\n `partial [splits, M, N]`; `gemm_sum` of c's type then makes c of them."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct Gemm {
@@ -803,9 +803,11 @@ pub struct Gemm {
     pub bias: *const f32,
     pub residual: *const core::ffi::c_void,
     pub partial: *mut f32,
+    pub scales: *const f32,
     pub m: i32,
     pub n: i32,
     pub k: i32,
+    pub stride: i32,
     pub splits: i32,
     pub alpha: f32,
     pub beta: f32,
@@ -813,7 +815,7 @@ pub struct Gemm {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of Gemm"][::core::mem::size_of::<Gemm>() - 80usize];
+    ["Size of Gemm"][::core::mem::size_of::<Gemm>() - 88usize];
     ["Alignment of Gemm"][::core::mem::align_of::<Gemm>() - 8usize];
     ["Offset of field: Gemm::c"][::core::mem::offset_of!(Gemm, c) - 0usize];
     ["Offset of field: Gemm::a"][::core::mem::offset_of!(Gemm, a) - 8usize];
@@ -821,13 +823,35 @@ const _: () = {
     ["Offset of field: Gemm::bias"][::core::mem::offset_of!(Gemm, bias) - 24usize];
     ["Offset of field: Gemm::residual"][::core::mem::offset_of!(Gemm, residual) - 32usize];
     ["Offset of field: Gemm::partial"][::core::mem::offset_of!(Gemm, partial) - 40usize];
-    ["Offset of field: Gemm::m"][::core::mem::offset_of!(Gemm, m) - 48usize];
-    ["Offset of field: Gemm::n"][::core::mem::offset_of!(Gemm, n) - 52usize];
-    ["Offset of field: Gemm::k"][::core::mem::offset_of!(Gemm, k) - 56usize];
-    ["Offset of field: Gemm::splits"][::core::mem::offset_of!(Gemm, splits) - 60usize];
-    ["Offset of field: Gemm::alpha"][::core::mem::offset_of!(Gemm, alpha) - 64usize];
-    ["Offset of field: Gemm::beta"][::core::mem::offset_of!(Gemm, beta) - 68usize];
-    ["Offset of field: Gemm::gamma"][::core::mem::offset_of!(Gemm, gamma) - 72usize];
+    ["Offset of field: Gemm::scales"][::core::mem::offset_of!(Gemm, scales) - 48usize];
+    ["Offset of field: Gemm::m"][::core::mem::offset_of!(Gemm, m) - 56usize];
+    ["Offset of field: Gemm::n"][::core::mem::offset_of!(Gemm, n) - 60usize];
+    ["Offset of field: Gemm::k"][::core::mem::offset_of!(Gemm, k) - 64usize];
+    ["Offset of field: Gemm::stride"][::core::mem::offset_of!(Gemm, stride) - 68usize];
+    ["Offset of field: Gemm::splits"][::core::mem::offset_of!(Gemm, splits) - 72usize];
+    ["Offset of field: Gemm::alpha"][::core::mem::offset_of!(Gemm, alpha) - 76usize];
+    ["Offset of field: Gemm::beta"][::core::mem::offset_of!(Gemm, beta) - 80usize];
+    ["Offset of field: Gemm::gamma"][::core::mem::offset_of!(Gemm, gamma) - 84usize];
+};
+#[doc = " `out [rows, columns] = codes [rows, columns] * scales [rows]`, rounded once to T."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Int8Dequantize {
+    pub out: *mut core::ffi::c_void,
+    pub codes: *const i8,
+    pub scales: *const f32,
+    pub rows: u32,
+    pub columns: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Int8Dequantize"][::core::mem::size_of::<Int8Dequantize>() - 32usize];
+    ["Alignment of Int8Dequantize"][::core::mem::align_of::<Int8Dequantize>() - 8usize];
+    ["Offset of field: Int8Dequantize::out"][::core::mem::offset_of!(Int8Dequantize, out) - 0usize];
+    ["Offset of field: Int8Dequantize::codes"][::core::mem::offset_of!(Int8Dequantize, codes) - 8usize];
+    ["Offset of field: Int8Dequantize::scales"][::core::mem::offset_of!(Int8Dequantize, scales) - 16usize];
+    ["Offset of field: Int8Dequantize::rows"][::core::mem::offset_of!(Int8Dequantize, rows) - 24usize];
+    ["Offset of field: Int8Dequantize::columns"][::core::mem::offset_of!(Int8Dequantize, columns) - 28usize];
 };
 #[doc = " Takes `logits [R, width]`, those of classes `start .. start + width`, into the running `statistics [R, 3]`\n of each row: the largest logit, the sum of exponentials relative to it, the target's logit. The chunk that\n starts at 0 begins anew.\n\n A logit that is NaN, or a target outside `0 .. vocabulary`, makes the sum NaN and so the loss."]
 #[repr(C)]

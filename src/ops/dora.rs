@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::tensor::{DType, Device, Tensor};
 use crate::{cpu, cuda};
 
-/// `squares [N] = Σ_k w_ik²` of a weight `[N, K]`, in the type of sums. A 4-bit weight on a device is decoded as a whole on
-/// the way: this is asked once for each weight.
+/// `squares [N] = Σ_k w_ik²` of a weight `[N, K]`, in the type of sums. A weight in few bits on a device is decoded as a
+/// whole on the way: this is asked once for each weight.
 ///
 /// # Errors
 /// Shapes, types or devices do not fit; the device has no room.
@@ -25,9 +25,10 @@ pub fn row_squares(w: WeightRef<'_>, squares: &mut Tensor) -> Result<()> {
         cpu::dora::row_squares::<T>(weight("row_squares", w)?, squares.as_mut_slice());
     }, cuda => match w {
         WeightRef::Dense(w) => cuda::dora::row_squares(w, squares),
-        WeightRef::Quant(w) => {
-            let mut dense = Tensor::zeros_on(squares.device(), DType::F32, w.shape)?;
-            dequantize(w, &mut dense)?;
+        WeightRef::Quant(_) | WeightRef::Int8(_) => {
+            let (n, k) = w.extents();
+            let mut dense = Tensor::zeros_on(squares.device(), DType::F32, [n, k])?;
+            dequantize(w, 0..n, &mut dense)?;
             cuda::dora::row_squares(&dense, squares)
         }
     });

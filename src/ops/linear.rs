@@ -4,6 +4,7 @@ use super::{WeightRef, check, check_device, check_elements, check_sums, mismatch
 use crate::cpu;
 use crate::cpu::real::Real;
 use crate::cuda;
+use crate::cuda::gemm::Matrix;
 use crate::error::Result;
 use crate::tensor::{DType, Device, Tensor};
 
@@ -51,7 +52,8 @@ fn product(
         let w = weight("linear", w)?;
         cpu::linear::forward(x.as_slice::<T>(), w, 0..n, bias.map(Tensor::as_slice), residual, y.as_mut_slice());
     }, cuda => match w {
-        WeightRef::Dense(w) => cuda::gemm::linear(x, w, bias, residual, y),
+        WeightRef::Dense(w) => cuda::gemm::linear(x, Matrix::Dense(w), bias, residual, y),
+        WeightRef::Int8(w) => cuda::gemm::linear(x, Matrix::Int8(w), bias, residual, y),
         WeightRef::Quant(w) => cuda::nf4_linear::linear(x, w, bias, residual, adapter.map(cuda_adapter), y),
     });
     Ok(())
@@ -192,7 +194,8 @@ fn backward_product(
         let w = weight("linear_backward_input", w)?;
         cpu::linear::backward_input(dy.as_slice::<T>(), w, 0..n, residual, dx.as_mut_slice());
     }, cuda => match w {
-        WeightRef::Dense(w) => cuda::gemm::linear_backward_input(dy, w, residual, dx),
+        WeightRef::Dense(w) => cuda::gemm::linear_backward_input(dy, Matrix::Dense(w), residual, dx),
+        WeightRef::Int8(w) => cuda::gemm::linear_backward_input(dy, Matrix::Int8(w), residual, dx),
         WeightRef::Quant(w) => {
             cuda::nf4_linear::linear_backward_input(dy, w, residual, adapter.map(cuda_adapter), dx)
         },

@@ -21,6 +21,7 @@ mod pointwise;
 mod prefix;
 mod quant;
 mod rows;
+mod transfer;
 
 pub use attention::{Prefix, PrefixGradients, attention, attention_backward, attention_cached, rope};
 pub use dora::{
@@ -30,25 +31,26 @@ pub use linear::{
     Adapter, Operand, accumulate_column_sums, linear, linear_adapted, linear_backward_input,
     linear_backward_input_adapted, matmul,
 };
-pub use loss::{STATISTICS, head_loss, head_loss_backward};
+pub use loss::{HEAD_CHUNK, HeadRef, HeadScratch, STATISTICS, head_logits, head_loss, head_loss_backward};
 pub use optim::{
-    AdamW, Adamw8bitSlot, AdamwSlot, BLOCK_8BIT, Lion, LionSlot, Sgd, SgdSlot, adamw, adamw_8bit, lion,
-    non_finite, sgd, sum_of_squares, sum_of_squares_all, sums_of_squares, zero_all,
+    AdamW, Adamw8bitSlot, AdamwSlot, BLOCK_8BIT, Lion, LionSlot, Sgd, SgdSlot, Span, adamw, adamw_8bit, lion,
+    non_finite, round_into, sgd, sum_of_squares, sum_of_squares_all, sums_of_squares, zero_all,
 };
 pub use pointwise::{
     accumulate_dropout, accumulate_noise, cast, dropout, dropout_rest, gelu, gelu_backward, layer_norm,
     layer_norm_backward_input, layer_norm_backward_parameters,
 };
 pub use prefix::{prefix_heads, prefix_heads_backward, tanh, tanh_backward};
-pub use quant::{dequantize, place_quantized, quantize};
-pub use rows::{embedding, embedding_backward, gather_rows, scatter_rows};
+pub use quant::{dequantize, place_int8, place_quantized, quantize};
+pub use rows::{embedding, embedding_backward, embedding_from_host, gather_rows, scatter_rows};
+pub use transfer::{fetch, fetch_range, store, store_range};
 
 use half::{bf16, f16};
 
 use crate::cpu;
 use crate::cpu::real::Real;
 use crate::error::{Error, Result};
-use crate::quant::{Absmax, QuantTensor};
+use crate::quant::{Absmax, Order, QuantTensor, RowInt8};
 use crate::tensor::{DType, Device, Tensor};
 
 /// Runs `$cpu` with `$t` bound to the compute type of `$tensor`, or `$cuda`, which returns a `Result`, on its device.
@@ -82,13 +84,15 @@ pub fn pass<R: Send>(device: Device, f: impl FnOnce() -> R + Send) -> R {
     }
 }
 
-/// A weight matrix `[out, in]`, dense or in 4 bits.
+/// A weight matrix `[out, in]`, dense or in few bits.
 #[derive(Debug, Clone, Copy)]
 pub enum WeightRef<'a> {
     /// Any floating-point type.
     Dense(&'a Tensor),
     /// 4-bit codes with block scales.
     Quant(&'a QuantTensor),
+    /// 8-bit codes with a scale for each row.
+    Int8(&'a RowInt8),
 }
 
 impl WeightRef<'_> {
@@ -97,20 +101,30 @@ impl WeightRef<'_> {
         match self {
             WeightRef::Dense(w) => w.shape().rows_and_columns(),
             WeightRef::Quant(w) => w.shape.rows_and_columns(),
+            WeightRef::Int8(w) => w.shape().rows_and_columns(),
+        }
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> Device {
+        self.tensor().device()
+    }
+
+    fn tensor(&self) -> &Tensor {
+        match self {
+            WeightRef::Dense(w) => w,
+            WeightRef::Quant(w) => &w.codes,
+            WeightRef::Int8(w) => &w.codes,
         }
     }
 
     fn check_device(&self, operation: &'static str, device: Device) -> Result<()> {
-        let tensor = match self {
-            WeightRef::Dense(w) => w,
-            WeightRef::Quant(w) => &w.codes,
-        };
-        check_device(operation, "weight", tensor, device)
+        check_device(operation, "weight", self.tensor(), device)
     }
 }
 
 fn weight<'a, T: Real>(operation: &'static str, w: WeightRef<'a>) -> Result<cpu::weight::Weight<'a, T>> {
-    use cpu::weight::{BlockScales, Codes4, Elements};
+    use cpu::weight::{BlockScales, Codes4, Codes8, Elements};
     let (rows, columns) = w.extents();
     let elements = match w {
         WeightRef::Dense(w) => match w.dtype() {
@@ -126,6 +140,13 @@ fn weight<'a, T: Real>(operation: &'static str, w: WeightRef<'a>) -> Result<cpu:
                 ));
             }
         },
+        WeightRef::Quant(w) if w.order != Order::Rows => {
+            return Err(mismatch(
+                operation,
+                "4-bit codes in the order of a device",
+                "that of rows",
+            ));
+        }
         WeightRef::Quant(w) => Elements::Codes4(Codes4 {
             codes: w.codes.as_slice(),
             table: w.table(),
@@ -143,6 +164,10 @@ fn weight<'a, T: Real>(operation: &'static str, w: WeightRef<'a>) -> Result<cpu:
                     offset: *offset,
                 },
             },
+        }),
+        WeightRef::Int8(w) => Elements::Codes8(Codes8 {
+            codes: bytemuck::cast_slice(w.codes.bytes()),
+            scales: w.scales.as_slice(),
         }),
     };
     Ok(cpu::weight::Weight {

@@ -10,7 +10,7 @@
 
 use serde::Deserialize;
 
-use super::{Absmax, BLOCK, NESTED_BLOCK, QuantTensor, QuantType};
+use super::{Absmax, BLOCK, NESTED_BLOCK, Order, QuantTensor, QuantType};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -119,6 +119,7 @@ impl QuantTensor {
             quant_type,
             codes,
             absmax,
+            order: Order::Rows,
             shape,
             source_dtype,
         })

@@ -1,4 +1,5 @@
-//! 4-bit block-wise quantisation (NF4 and FP4) with double quantisation, equal to bitsandbytes' CPU results to the bit.
+//! 4-bit block-wise quantisation (NF4 and FP4) with double quantisation, equal to bitsandbytes' CPU results to the bit; and 8 bits
+//! with a scale for each row ([`RowInt8`]).
 //!
 //! A weight `[out, in]` is flattened row-major and cut into blocks of 64. Each block keeps its largest magnitude
 //! ("absmax") and for each element the 4-bit code of the table's value nearest to `x / absmax`. With double
@@ -8,15 +9,17 @@
 mod blockwise;
 mod bnb;
 mod code;
+mod int8;
 mod nested;
 mod random;
 
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Shape, Tensor};
+use crate::tensor::{DType, Device, Shape, Tensor};
 
 pub use code::{FP4, NF4};
+pub use int8::RowInt8;
 
 /// Elements that share one scale.
 pub const BLOCK: usize = 64;
@@ -74,6 +77,16 @@ impl std::fmt::Display for QuantType {
     }
 }
 
+/// How the codes and scales of a weight follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// As bitsandbytes has them: row by row.
+    Rows,
+    /// As the kernels of a CUDA device read them (`cuda/nf4.cuh`): in groups of rows, the codes renumbered, the last group
+    /// padded.
+    Groups,
+}
+
 /// One scale per block of [`BLOCK`] weights.
 #[derive(Debug, Clone)]
 pub enum Absmax {
@@ -98,10 +111,13 @@ pub struct QuantTensor {
     /// What the codes mean.
     pub quant_type: QuantType,
     /// U8 `[ceil(n / 2)]`: two codes a byte, the even element in the HIGH nibble; of an odd count the last low nibble is
-    /// the code of zero.
+    /// the code of zero. So they are in the order of rows.
     pub codes: Tensor,
     /// The scales.
     pub absmax: Absmax,
+    /// The order of both: that of rows on the host, that of groups on a device, and in host memory from where a device gets
+    /// them.
+    pub order: Order,
     /// The weight's extents, `[out, in]`.
     pub shape: Shape,
     /// What the weight was quantised from, and what bitsandbytes dequantises it to.
@@ -158,6 +174,9 @@ impl QuantTensor {
         }
         let mut codes = Tensor::zeros(DType::U8, [n.div_ceil(2)]);
         let mut flat = Tensor::zeros(DType::F32, [n.div_ceil(BLOCK)]);
+        if source.is_planned() || codes.is_planned() {
+            return Self::planned(source, quant_type, double_quant, codes, flat);
+        }
         let source_elements = source.as_slice::<T>();
         blockwise::quantize(
             source_elements,
@@ -175,8 +194,45 @@ impl QuantTensor {
             quant_type,
             codes,
             absmax,
+            order: Order::Rows,
             shape: source.shape(),
             source_dtype: source.dtype(),
+        })
+    }
+
+    /// What quantising `source` makes in a plan, with these codes and scales of blocks.
+    ///
+    /// # Errors
+    /// None that a plan can have.
+    pub(crate) fn planned(
+        source: &Tensor,
+        quant_type: QuantType,
+        double_quant: bool,
+        codes: Tensor,
+        flat: Tensor,
+    ) -> Result<Self> {
+        let (device, blocks) = (codes.device(), flat.elements());
+        let zeros = |dtype, n: usize| Tensor::zeros_on(device, dtype, [n]);
+        let absmax = if double_quant {
+            Absmax::Nested {
+                codes: zeros(DType::U8, blocks)?,
+                nested_absmax: zeros(DType::F32, blocks.div_ceil(NESTED_BLOCK))?,
+                offset: 0.0,
+                code: zeros(DType::F32, 256)?,
+            }
+        } else {
+            Absmax::Flat(flat)
+        };
+        Ok(Self {
+            quant_type,
+            codes,
+            absmax,
+            shape: source.shape(),
+            source_dtype: source.dtype(),
+            order: match device {
+                Device::Cpu => Order::Rows,
+                Device::Cuda(_) => Order::Groups,
+            },
         })
     }
 

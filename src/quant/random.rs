@@ -1,6 +1,6 @@
 //! Weights that were never quantised: random codes and scales, to measure with.
 
-use super::{Absmax, BLOCK, NESTED_BLOCK, NF4, QuantTensor, QuantType, code};
+use super::{Absmax, BLOCK, NESTED_BLOCK, NF4, Order, QuantTensor, QuantType, code};
 use crate::rng::Stream;
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -30,6 +30,7 @@ impl QuantTensor {
                 offset,
                 code: Tensor::from_slice(&code::DYNAMIC[..], [256]),
             },
+            order: Order::Rows,
             shape,
             source_dtype: DType::F16,
         }

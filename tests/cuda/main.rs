@@ -10,6 +10,7 @@ mod attention;
 mod common;
 mod dora;
 mod gemm;
+mod int8;
 mod lane_maps;
 mod loss;
 mod nf4;
@@ -18,6 +19,7 @@ mod optim;
 mod pointwise;
 mod prefix;
 mod rows;
+mod transfer;
 
 use std::sync::OnceLock;
 

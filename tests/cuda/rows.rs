@@ -168,3 +168,30 @@ fn embedding_backward_adds_the_rows_of_an_id_in_order() {
         assert_eq!(touched, [false, true, false], "ids outside have no row");
     }
 }
+
+/// Rows gathered on the host and copied are those that the device gathers from the same matrix, converted as it was uploaded.
+#[test]
+fn an_embedding_on_the_host_is_that_of_the_device() {
+    let Some(device) = device() else { return };
+    for stored in [DType::F32, DType::F16, DType::BF16] {
+        for dtype in TYPES {
+            for (r, m, n) in [(1, 1, 1), (5, 9, 8), (9, 4, 33), (40, 10, 4096)] {
+                let (w, ids) = (random(stored, [m, n], 1, 1.0), numbers(r, m));
+                let there = w.to_device_as(device, dtype).unwrap();
+                let mut want = up(device, &nan(dtype, [r, n]));
+                ops::embedding(&there, &up(device, &ids), &mut want).unwrap();
+                let got = twice("embedding_from_host", || {
+                    let mut staging = Tensor::zeros_pinned(device, dtype, [r + 3, n]).unwrap();
+                    let mut y = up(device, &nan(dtype, [r, n]));
+                    // Twice through the same staging memory: the second waits for the first.
+                    for _ in 0..2 {
+                        ops::embedding_from_host(&w, ids.as_slice(), &mut staging, &mut y).unwrap();
+                    }
+                    vec![y]
+                });
+                let what = format!("{stored} to {dtype} {r} of {m} x {n}");
+                assert!(down(&got[0]).bytes() == down(&want).bytes(), "{what}");
+            }
+        }
+    }
+}

@@ -181,12 +181,9 @@ pub(super) fn adamw(bench: &mut Bench<'_>) -> Result<()> {
     };
     bench.case("adamw", "update", &shape, work(28), 1, |_| {
         let slots = trained.iter_mut().map(|t| ops::AdamwSlot {
-            p: &mut t.p,
-            g: &t.g,
             m: &mut t.m,
             v: &mut t.v,
-            decay: 1.0,
-            step_size: 1e-5,
+            spans: vec![ops::Span::whole(&mut t.p, &t.g, 1e-5, 1.0)],
         });
         ops::adamw(&mut slots.collect::<Vec<_>>(), &factors)
     })?;
@@ -201,14 +198,11 @@ pub(super) fn adamw(bench: &mut Bench<'_>) -> Result<()> {
     bench.case("adamw", "update, 8 bits", &shape, work(16), 1, |_| {
         let slots = trained.iter_mut().zip(&mut eight);
         let slots = slots.map(|(t, [m, v, m_absmax, v_absmax])| ops::Adamw8bitSlot {
-            p: &mut t.p,
-            g: &t.g,
             m,
             v,
             m_absmax,
             v_absmax,
-            decay: 1.0,
-            step_size: 1e-5,
+            spans: vec![ops::Span::whole(&mut t.p, &t.g, 1e-5, 1.0)],
         });
         ops::adamw_8bit(&mut slots.collect::<Vec<_>>(), &factors)
     })?;

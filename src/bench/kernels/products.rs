@@ -6,10 +6,10 @@ use super::super::inputs::indices;
 use super::super::report::Work;
 use super::Bench;
 use crate::error::Result;
-use crate::ops::{self, WeightRef};
-use crate::quant::QuantTensor;
+use crate::ops::{self, HEAD_CHUNK, HeadRef, HeadScratch, WeightRef};
+use crate::quant::{QuantTensor, QuantType, RowInt8};
 use crate::rng::Stream;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Device, Tensor};
 
 /// Rank of the adapters measured.
 const RANK: usize = 8;
@@ -45,7 +45,7 @@ pub(super) fn dequantize(bench: &mut Bench<'_>) -> Result<()> {
             let weights = Bench::several(copies, |i| ops::place_quantized(random(i), compute.device))?;
             let shape = [("N", n), ("K", k)];
             bench.case("dequantize", "nf4", &shape, work, copies, |i| {
-                ops::dequantize(&weights[i % copies], &mut dense)
+                ops::dequantize(WeightRef::Quant(&weights[i % copies]), 0..n, &mut dense)
             })
         })?;
     }
@@ -203,19 +203,67 @@ pub(super) fn head(bench: &mut Bench<'_>) -> Result<()> {
         )
     })?;
     for rows in whole_batches(bench) {
-        bench.attempt("head", |bench| loss(bench, rows, &weights))?;
+        bench.attempt("head", |bench| {
+            let heads: Vec<_> = weights.iter().map(|w| WeightRef::Dense(w).into()).collect();
+            loss(bench, rows, "", &heads)
+        })?;
+    }
+    let Some(source) = weights.into_iter().next() else {
+        return Ok(());
+    };
+    let source = source.to_device(Device::Cpu)?;
+    bench.attempt("head", |bench| {
+        let weight = ops::place_int8(RowInt8::quantize("head", &source)?, compute.device)?;
+        form(bench, " int8", WeightRef::Int8(&weight).into(), weight.bytes())
+    })?;
+    bench.attempt("head", |bench| {
+        let weight = ops::quantize("head", &source, QuantType::Nf4, true, compute.device)?;
+        form(bench, " nf4", WeightRef::Quant(&weight).into(), weight.bytes())
+    })?;
+    if compute.device == Device::Cpu {
+        return Ok(());
+    }
+    bench.attempt("head", |bench| {
+        let pieces = (source.bytes().chunks(HEAD_CHUNK * k * compute.dtype.size())).map(|bytes| {
+            let shape = [bytes.len() / (k * compute.dtype.size()), k];
+            let mut piece = Tensor::zeros_pinned(compute.device, compute.dtype, shape)?;
+            piece.bytes_mut().copy_from_slice(bytes);
+            Ok(piece)
+        });
+        let pieces = pieces.collect::<Result<Vec<_>>>()?;
+        form(bench, " streamed", HeadRef::Streamed(&pieces), bytes)
+    })
+}
+
+/// Logits of one token and loss of supervised rows with a head in another form.
+fn form(bench: &mut Bench<'_>, name: &str, head: HeadRef<'_>, bytes: usize) -> Result<()> {
+    let compute = bench.compute();
+    let (v, k) = head.extents();
+    let x = bench.numbers.activations(compute, [1, k])?;
+    let mut logits = compute.accumulators([1, v])?;
+    let mut scratch = HeadScratch::new(compute, head, 0)?;
+    let work = Work {
+        bytes: bytes as f64 + bench.bytes(k) + logits.byte_len() as f64,
+        flops: 2.0 * (v * k) as f64,
+    };
+    let shape = [("M", 1), ("V", v), ("K", k)];
+    bench.case("head", &format!("logits{name}"), &shape, work, 1, |_| {
+        ops::head_logits(&x, head, &mut scratch, &mut logits)
+    })?;
+    for rows in whole_batches(bench) {
+        loss(bench, rows, name, &[head])?;
     }
     Ok(())
 }
 
-fn loss(bench: &mut Bench<'_>, rows: usize, weights: &[Tensor]) -> Result<()> {
+fn loss(bench: &mut Bench<'_>, rows: usize, name: &str, heads: &[HeadRef<'_>]) -> Result<()> {
     let compute = bench.compute();
-    let copies = weights.len();
-    let (v, k) = weights[0].shape().rows_and_columns();
+    let copies = heads.len();
+    let (v, k) = heads[0].extents();
     let x = bench.numbers.activations(compute, [rows, k])?;
     let targets = indices(compute.device, [rows], v)?;
     let chunk = crate::model::workspace::logits_elements(rows, v);
-    let mut logits = compute.accumulators([chunk])?;
+    let mut scratch = HeadScratch::new(compute, heads[0], chunk)?;
     let mut statistics = compute.accumulators([rows, ops::STATISTICS])?;
     let mut dx = Tensor::zeros_on(compute.device, DType::F32, [rows, k])?;
     let forward = Work {
@@ -227,14 +275,14 @@ fn loss(bench: &mut Bench<'_>, rows: usize, weights: &[Tensor]) -> Result<()> {
         flops: 2.0 * forward.flops,
     };
     let shape = [("rows", rows), ("V", v), ("K", k)];
-    bench.case("head", "loss", &shape, forward, copies, |i| {
-        let weight = WeightRef::Dense(&weights[i % copies]);
-        ops::head_loss(&x, weight, &targets, &mut logits, &mut statistics).map(drop)
+    bench.case("head", &format!("loss{name}"), &shape, forward, copies, |i| {
+        ops::head_loss(&x, heads[i % copies], &targets, &mut scratch, &mut statistics).map(drop)
     })?;
-    bench.case("head", "loss and gradient", &shape, both, copies, |i| {
-        let weight = WeightRef::Dense(&weights[i % copies]);
-        ops::head_loss(&x, weight, &targets, &mut logits, &mut statistics)?;
-        let buffers = (&mut logits, &statistics);
-        ops::head_loss_backward(&x, weight, &targets, 1.0, buffers, &mut dx, None)
+    let name = format!("loss and gradient{name}");
+    bench.case("head", &name, &shape, both, copies, |i| {
+        let head = heads[i % copies];
+        ops::head_loss(&x, head, &targets, &mut scratch, &mut statistics)?;
+        let buffers = (&mut scratch, &statistics);
+        ops::head_loss_backward(&x, head, &targets, 1.0, buffers, &mut dx, None)
     })
 }
