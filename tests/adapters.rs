@@ -56,7 +56,16 @@ const QUANTIZED: Weights = Weights::Quantized {
 };
 
 fn base(compute: Compute, weights: Weights) -> Model {
-    Model::initialize(&toy(), 1, &LoadOptions { compute, weights }).unwrap()
+    Model::initialize(
+        &toy(),
+        1,
+        &LoadOptions {
+            compute,
+            weights,
+            ..LoadOptions::default()
+        },
+    )
+    .unwrap()
 }
 
 fn all(init: LoraInit, dora: bool) -> LoraConfig {
@@ -361,8 +370,16 @@ fn noise_is_bounded_repeatable_and_only_in_training() {
         let mut model = base(compute, Weights::AsStored);
         let mut ws = model.workspace(batch.size, batch.len).unwrap();
         let mut embeddings = |model: &Model, dropout: Option<Stream>| {
-            model.forward(&mut ws, &batch, dropout).unwrap();
-            values(ws.hidden(0))
+            let mut embeddings = Vec::new();
+            model
+                .forward_seen(&mut ws, &batch, dropout, &mut |pass| {
+                    if pass.layer == 0 {
+                        embeddings = values(pass.x);
+                    }
+                    Ok(())
+                })
+                .unwrap();
+            embeddings
         };
         let pass = Some(Stream::new(1, 2));
         let plain = embeddings(&model, pass);

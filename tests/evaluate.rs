@@ -32,6 +32,7 @@ fn load(compute: Compute) -> (Model, Tokenizer) {
     let options = LoadOptions {
         compute,
         weights: Weights::AsStored,
+        ..LoadOptions::default()
     };
     let checkpoint = Checkpoint::open(&tiny()).unwrap();
     let model = Model::load(&checkpoint, &options).unwrap();

@@ -8,7 +8,7 @@ use glmtune::data::batch::{Batch, IGNORE, Span};
 use glmtune::model::tune::{self, LoraTarget, PrefixConfig, Tuning};
 use glmtune::model::{LoadOptions, Model, ModelConfig, Weights};
 use glmtune::ops::{self, Prefix, PrefixGradients, WeightRef};
-use glmtune::quant::QuantType;
+use glmtune::quant::{QuantTensor, QuantType, RowInt8};
 use glmtune::rng::Stream;
 use glmtune::tensor::{Compute, DType, Shape, Tensor};
 
@@ -252,14 +252,15 @@ fn head_loss_in_one_chunk_and_in_many() {
     let scale = 0.37;
     for capacity in [rows * v, rows * 5, rows] {
         let forward = |x: &Tensor, w: &Tensor| {
-            let (mut logits, mut statistics) = (zeros([capacity]), zeros([rows, ops::STATISTICS]));
-            let loss =
-                ops::head_loss(x, WeightRef::Dense(w), &targets, &mut logits, &mut statistics).unwrap();
-            (scale * loss, logits, statistics)
+            let mut scratch = ops::HeadScratch::of_logits(zeros([capacity]));
+            let mut statistics = zeros([rows, ops::STATISTICS]);
+            let head = WeightRef::Dense(w);
+            let loss = ops::head_loss(x, head, &targets, &mut scratch, &mut statistics).unwrap();
+            (scale * loss, scratch, statistics)
         };
-        let (_, mut logits, statistics) = forward(&x, &w);
+        let (_, mut scratch, statistics) = forward(&x, &w);
         let (mut dx, mut dw) = (Tensor::from_slice(&[f64::NAN; 24], [rows, k]), zeros([v, k]));
-        let buffers = (&mut logits, &statistics);
+        let buffers = (&mut scratch, &statistics);
         ops::head_loss_backward(
             &x,
             WeightRef::Dense(&w),
@@ -272,6 +273,39 @@ fn head_loss_in_one_chunk_and_in_many() {
         .unwrap();
         check("dx", &dx, &numerical(&x, |x| forward(x, &w).0));
         check("dw", &dw, &numerical(&w, |w| forward(&x, w).0));
+    }
+}
+
+/// The gradient over x of the loss on a head in 8 and in 4 bits: the derivative of the loss that the decoded numbers give.
+#[test]
+fn head_loss_on_heads_in_few_bits() {
+    let (rows, v, k) = (3, 37, 64);
+    let targets = Tensor::from_slice(&[5i32, 36, 0], [rows]);
+    let source = random(2, [v, k]).to_dtype(DType::F32);
+    let int8 = RowInt8::quantize("w", &source).unwrap();
+    let nf4 = QuantTensor::quantize(&source, QuantType::Nf4, true).unwrap();
+    let scale = 0.37;
+    for (head, decoded) in [
+        (WeightRef::Int8(&int8), int8.dequantize()),
+        (WeightRef::Quant(&nf4), nf4.dequantize()),
+    ] {
+        for capacity in [rows * v, rows * 10, rows] {
+            let forward = |x: &Tensor, head: WeightRef<'_>| {
+                let mut scratch = ops::HeadScratch::of_logits(zeros([capacity]));
+                let mut statistics = zeros([rows, ops::STATISTICS]);
+                let loss = ops::head_loss(x, head, &targets, &mut scratch, &mut statistics).unwrap();
+                (scale * loss, scratch, statistics)
+            };
+            let x = random(1, [rows, k]);
+            let (loss, mut scratch, statistics) = forward(&x, head);
+            let wide = decoded.to_dtype(DType::F64);
+            let dense = WeightRef::Dense(&wide);
+            assert_close("loss", &[loss], &[forward(&x, dense).0], 0.0, 1e-12);
+            let mut dx = Tensor::from_slice(&[f64::NAN; 192], [rows, k]);
+            let buffers = (&mut scratch, &statistics);
+            ops::head_loss_backward(&x, head, &targets, scale, buffers, &mut dx, None).unwrap();
+            check("dx", &dx, &numerical(&x, |x| forward(x, dense).0));
+        }
     }
 }
 
@@ -435,6 +469,7 @@ fn whole_model_every_parameter() {
     let options = LoadOptions {
         compute: Compute::cpu(DType::F64),
         weights: Weights::AsStored,
+        ..LoadOptions::default()
     };
     let mut model = Model::initialize(&toy(), 1, &options).unwrap();
     tune::apply(&mut model, &Tuning::Full, 1).unwrap();
@@ -460,6 +495,7 @@ fn whole_model_lora_with_dropout_on_dense_and_quantised_weights() {
             &LoadOptions {
                 compute: Compute::cpu(DType::F64),
                 weights,
+                ..LoadOptions::default()
             },
         )
         .unwrap();
@@ -493,7 +529,16 @@ fn whole_model_with_a_prefix() {
         (Weights::AsStored, true, 0.3),
     ] {
         let compute = Compute::cpu(DType::F64);
-        let mut model = Model::initialize(&toy(), 1, &LoadOptions { compute, weights }).unwrap();
+        let mut model = Model::initialize(
+            &toy(),
+            1,
+            &LoadOptions {
+                compute,
+                weights,
+                ..LoadOptions::default()
+            },
+        )
+        .unwrap();
         let config = PrefixConfig {
             pre_seq_len: 3,
             projection,
@@ -513,7 +558,16 @@ fn whole_model_with_some_layers_frozen() {
     for (layers, modules, tensors) in [(1, All, 12), (-1, Mlp, 4), (2, Attention, 8)] {
         let compute = Compute::cpu(DType::F64);
         let weights = Weights::AsStored;
-        let mut model = Model::initialize(&toy(), 1, &LoadOptions { compute, weights }).unwrap();
+        let mut model = Model::initialize(
+            &toy(),
+            1,
+            &LoadOptions {
+                compute,
+                weights,
+                ..LoadOptions::default()
+            },
+        )
+        .unwrap();
         tune::apply(&mut model, &Tuning::Freeze { layers, modules }, 1).unwrap();
         let mut trained = Vec::new();
         model.for_each_param(&mut |name, param| {
@@ -532,6 +586,7 @@ fn whole_model_modules_to_save_and_noise() {
         let options = LoadOptions {
             compute: Compute::cpu(DType::F64),
             weights: Weights::AsStored,
+            ..LoadOptions::default()
         };
         let mut model = Model::initialize(&toy(), 1, &options).unwrap();
         if !tied {
@@ -600,7 +655,6 @@ impl NaiveDora<'_> {
 #[test]
 fn dora_on_dense_and_quantised_weights() {
     use glmtune::nn::{Linear, Lora, Param, Scratch, Weight};
-    use glmtune::quant::QuantTensor;
     let dims @ [rows, out, input, r] = [5, 6, 64, 3];
     let compute = Compute::cpu(DType::F64);
     let stream = Stream::new(11, 12);
@@ -674,6 +728,7 @@ fn dora_on_dense_and_quantised_weights() {
         linear
             .forward(
                 &x,
+                None,
                 Some((1.5, &residual)),
                 drop,
                 &mut activations,
@@ -687,6 +742,7 @@ fn dora_on_dense_and_quantised_weights() {
         linear
             .backward(
                 &x,
+                None,
                 &dy,
                 Some((2.0, &extra)),
                 drop,
@@ -721,6 +777,7 @@ fn a_batch_without_labels_gives_no_gradient() {
     let options = LoadOptions {
         compute: Compute::cpu(DType::F64),
         weights: Weights::AsStored,
+        ..LoadOptions::default()
     };
     let mut model = Model::initialize(&toy(), 1, &options).unwrap();
     tune::apply(&mut model, &Tuning::Full, 1).unwrap();

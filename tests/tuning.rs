@@ -31,7 +31,15 @@ fn base() -> PathBuf {
 }
 
 fn load_from(dir: &Path, compute: Compute, weights: Weights) -> Model {
-    Model::load(&Checkpoint::open(dir).unwrap(), &LoadOptions { compute, weights }).unwrap()
+    Model::load(
+        &Checkpoint::open(dir).unwrap(),
+        &LoadOptions {
+            compute,
+            weights,
+            ..LoadOptions::default()
+        },
+    )
+    .unwrap()
 }
 
 fn load(compute: Compute) -> Model {

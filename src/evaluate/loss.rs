@@ -60,7 +60,7 @@ pub fn loss<B: Borrow<Batch>>(
 }
 
 /// Says that a token's loss is no number, and where that began.
-pub(super) fn not_finite(model: &Model, ws: &Workspace, value: f64) -> Error {
+pub(super) fn not_finite(model: &Model, ws: &mut Workspace, value: f64) -> Error {
     Error::input(
         model
             .first_non_finite(ws)

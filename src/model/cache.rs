@@ -2,10 +2,11 @@
 
 use super::Model;
 use super::glm::{self, BlockActivations, BlockDropout};
+use super::stream::WeightSlots;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::nn::{Geometry, Keys, NormActivations, PrefixEncoder, Scratch};
-use crate::ops::{self, Prefix, WeightRef};
+use crate::ops::{self, HeadScratch, Prefix};
 use crate::tensor::{Compute, Device, Tensor, check_memory};
 
 /// Rotated keys and values of every layer, for `size` sequences of up to `capacity` positions.
@@ -23,6 +24,7 @@ pub struct KvCache {
     last: Vec<[i32; 2]>,
     tables: Tensor,
     buffers: Option<Buffers>,
+    weights: WeightSlots,
 }
 
 /// Activations of one forward pass; one block's serve all layers.
@@ -32,16 +34,19 @@ struct Buffers {
     ids: Tensor,
     positions: Tensor,
     hidden: [Tensor; 2],
+    /// Rows of an embedding that stays in host memory.
+    embedded: Option<Tensor>,
     block: BlockActivations,
     final_layernorm: NormActivations,
     last_rows: Tensor,
     last: Tensor,
     logits: Tensor,
+    head: HeadScratch,
     scratch: Scratch,
 }
 
 /// One set of buffers serves all layers: made, for each linear, for a layer that has an adapter there if any has one.
-fn shared_activations(model: &Model, compute: Compute, rows: usize) -> Result<BlockActivations> {
+pub(super) fn shared_activations(model: &Model, compute: Compute, rows: usize) -> Result<BlockActivations> {
     let mut shared = model.blocks[0].activations(compute, rows)?;
     let BlockActivations { attention, mlp, .. } = &mut shared;
     for (i, place) in attention.linear.iter_mut().chain(&mut mlp.linear).enumerate() {
@@ -62,11 +67,13 @@ impl Buffers {
             ids: compute.indices([rows])?,
             positions: compute.indices([rows, 2])?,
             hidden: [compute.zeros([rows, hidden])?, compute.zeros([rows, hidden])?],
+            embedded: model.embedding_staging(rows)?,
             block: shared_activations(model, compute, rows)?,
             final_layernorm: NormActivations::new(compute, size, hidden)?,
             last_rows: compute.indices([size])?,
             last: compute.zeros([size, hidden])?,
             logits: compute.accumulators([size, config.vocab_size])?,
+            head: HeadScratch::new(compute, model.head(), 0)?,
             scratch: Scratch::new(compute, 0, model.linears())?,
         })
     }
@@ -96,6 +103,7 @@ impl KvCache {
             last: Vec::with_capacity(size),
             tables: glm::rope_tables(compute, config.head_dim(), capacity + 1)?,
             buffers: None,
+            weights: WeightSlots::new(model)?,
         })
     }
 
@@ -145,6 +153,18 @@ impl Model {
             )?;
         }
         KvCache::new(self, size, capacity)
+    }
+
+    /// Makes room for passes of `queries` tokens a sequence, which [`Model::prefill`] does otherwise.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn reserve(&self, cache: &mut KvCache, queries: usize) -> Result<()> {
+        let rows = cache.size * queries;
+        if cache.buffers.as_ref().is_none_or(|buffers| buffers.rows < rows) {
+            cache.buffers = Some(Buffers::new(self, cache.size, rows)?);
+        }
+        Ok(())
     }
 
     /// Runs left-padded prompts; returns the logits after their last tokens, `[B, V]` on the host in the type of sums.
@@ -230,12 +250,13 @@ impl Model {
         } = buffers;
         glm::check_indices("generation", "token id", ids, self.config().vocab_size)?;
         glm::check_indices("generation", "position", positions, cache.tables.extent(0))?;
+        cache.weights.begin(&self.blocks)?;
         id_tensor.resize([rows])?;
         id_tensor.write(ids)?;
         position_tensor.resize([rows, 2])?;
         position_tensor.write(positions)?;
         x.resize([rows, hidden])?;
-        ops::embedding(&self.embedding.value, id_tensor, x)?;
+        self.embed(ids, id_tensor, buffers.embedded.as_mut(), x)?;
         for (i, (block, (keys, values))) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
             let geometry = Geometry {
                 spans: &cache.spans,
@@ -251,8 +272,10 @@ impl Model {
                 values,
                 past: cache.len,
             };
+            let fetched = cache.weights.take(&self.blocks, i, Some(i + 1))?;
             block.forward(
                 x,
+                fetched,
                 geometry,
                 keys,
                 BlockDropout::OFF,
@@ -268,13 +291,8 @@ impl Model {
         ops::gather_rows(x, &buffers.last_rows, &mut buffers.last)?;
         self.final_layernorm
             .forward(&buffers.last, &mut buffers.final_layernorm)?;
-        ops::linear(
-            &buffers.final_layernorm.y,
-            WeightRef::Dense(self.head()),
-            None,
-            None,
-            &mut buffers.logits,
-        )?;
+        let last = &buffers.final_layernorm.y;
+        ops::head_logits(last, self.head(), &mut buffers.head, &mut buffers.logits)?;
         buffers.logits.to_device(Device::Cpu)
     }
 }

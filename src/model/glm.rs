@@ -1,13 +1,15 @@
 //! The ChatGLM-6B block: residuals start from the *normalised* input, scaled by alpha.
 
+use super::policy::{DENSE, FC2, Part, Recompute};
 use crate::data::batch::Span;
 use crate::error::{Error, Result};
 use crate::nn::{
-    Attention, AttentionActivations, Geometry, Keys, LayerNorm, Linear, Mlp, MlpActivations, NormActivations,
-    Param, Scratch,
+    Attention, AttentionActivations, Fetched, Geometry, Keys, LayerNorm, Linear, Mlp, MlpActivations,
+    NormActivations, Param, Scratch,
 };
-use crate::ops::PrefixGradients;
+use crate::ops::{PrefixGradients, WeightRef};
 use crate::rng::Stream;
+use crate::tensor::ledger::planning;
 use crate::tensor::{Compute, Tensor};
 
 /// `sqrt(2 * 28)`: the official code builds its blocks without a layer count, so the default 28 stands whatever the
@@ -46,21 +48,23 @@ pub struct BlockActivations {
 /// Buffers of the backward pass, shared by all blocks.
 #[derive(Debug)]
 pub struct BackwardScratch {
-    d_inner: Tensor,
-    d_qkv: Tensor,
-    d_norm: Tensor,
+    /// Over the inner values of the feed-forward layer. `None`: every layer makes q, k and v again after that has gone back,
+    /// and lends their place.
+    d_inner: Option<Tensor>,
+    /// Over the output of a LayerNorm, then over the context.
+    pub(super) d_norm: Tensor,
     d_y: Tensor,
 }
 
 impl BackwardScratch {
-    /// For up to `rows` rows.
+    /// For up to `rows` rows; `inner` for a gradient over the inner values that has a place of its own.
     ///
     /// # Errors
     /// The device has no room.
-    pub fn new(compute: Compute, rows: usize, hidden: usize, inner: usize) -> Result<Self> {
+    pub fn new(compute: Compute, rows: usize, hidden: usize, inner: Option<usize>) -> Result<Self> {
+        let d_inner = inner.map(|inner| compute.zeros([rows, inner]));
         Ok(Self {
-            d_inner: compute.zeros([rows, inner])?,
-            d_qkv: compute.zeros([rows, 3 * hidden])?,
+            d_inner: d_inner.transpose()?,
             d_norm: compute.zeros([rows, hidden])?,
             d_y: compute.zeros([rows, hidden])?,
         })
@@ -122,13 +126,14 @@ impl Block {
         })
     }
 
-    /// `out [rows, hidden]` from `x`.
+    /// `out [rows, hidden]` from `x`. `fetched` are the four matrices when they were copied to where the block computes.
     ///
     /// # Errors
     /// Shapes do not fit.
     pub fn forward(
         &self,
         x: &Tensor,
+        fetched: Fetched<'_>,
         geometry: Geometry<'_>,
         keys: Keys<'_>,
         dropout: BlockDropout,
@@ -136,18 +141,43 @@ impl Block {
         scratch: &mut Scratch,
         out: &mut Tensor,
     ) -> Result<()> {
+        out.resize(x.shape())?;
+        let of_attention = fetched.map(|[qkv, dense, ..]| [qkv, dense]);
+        self.attend(x, of_attention, geometry, keys, dropout, activations, scratch)?;
+        let BlockActivations {
+            y,
+            post_attention_layernorm: ln2,
+            mlp,
+            ..
+        } = activations;
+        self.post_attention_layernorm.forward(y, ln2)?;
+        let fetched = fetched.map(|[.., up, down]| [up, down]);
+        self.mlp
+            .forward(&ln2.y, fetched, ALPHA, dropout.mlp(), mlp, scratch, out)
+    }
+
+    /// The first half of [`Block::forward`]: y.
+    fn attend(
+        &self,
+        x: &Tensor,
+        fetched: Option<[WeightRef<'_>; 2]>,
+        geometry: Geometry<'_>,
+        keys: Keys<'_>,
+        dropout: BlockDropout,
+        activations: &mut BlockActivations,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         let BlockActivations {
             input_layernorm: ln1,
             attention,
             y,
-            post_attention_layernorm: ln2,
-            mlp,
+            ..
         } = activations;
         y.resize(x.shape())?;
-        out.resize(x.shape())?;
         self.input_layernorm.forward(x, ln1)?;
         self.attention.forward(
             &ln1.y,
+            fetched,
             ALPHA,
             geometry,
             keys,
@@ -155,27 +185,46 @@ impl Block {
             attention,
             scratch,
             y,
-        )?;
-        self.post_attention_layernorm.forward(y, ln2)?;
-        self.mlp.forward(&ln2.y, ALPHA, dropout.mlp(), mlp, scratch, out)
+        )
     }
 
     /// From `d`, the gradient over the output: adds the parameters' gradients and, when `propagate`, leaves the gradient
     /// over the input in `d`.
+    ///
+    /// `activations` hold what `recompute` keeps of the forward pass; the rest is made again here, half by half: the
+    /// feed-forward layer has gone back before q, k and v are made.
     ///
     /// # Errors
     /// Shapes do not fit.
     pub fn backward(
         &mut self,
         x: &Tensor,
+        fetched: Fetched<'_>,
         geometry: Geometry<'_>,
         prefix: Option<PrefixGradients<'_>>,
         dropout: BlockDropout,
-        activations: &BlockActivations,
+        recompute: Recompute,
+        activations: &mut BlockActivations,
         (scratch, backward): (&mut Scratch, &mut BackwardScratch),
         d: &mut Tensor,
         propagate: bool,
     ) -> Result<()> {
+        let drops = |part: Part| !part.is_kept(recompute, self);
+        let (made_y, made_qkv, made_inner) = (drops(Part::Y), drops(Part::Qkv), drops(Part::Inner));
+        let (made_u_dense, made_u_down) = (drops(Part::U(DENSE)), drops(Part::U(FC2)));
+        let of_attention = fetched.map(|[qkv, dense, ..]| [qkv, dense]);
+        let of_mlp = fetched.map(|[.., up, down]| [up, down]);
+        if made_y {
+            self.attend(
+                x,
+                of_attention,
+                geometry,
+                Keys::Own,
+                dropout,
+                activations,
+                scratch,
+            )?;
+        }
         let BlockActivations {
             input_layernorm: ln1,
             attention,
@@ -183,25 +232,65 @@ impl Block {
             post_attention_layernorm: ln2,
             mlp,
         } = activations;
-        let BackwardScratch {
-            d_inner,
-            d_qkv,
-            d_norm,
-            d_y,
-        } = backward;
+        let BackwardScratch { d_inner, d_norm, d_y } = backward;
         d_norm.resize(d.shape())?;
         d_y.resize(d.shape())?;
-        self.mlp
-            .backward(&ln2.y, d, ALPHA, dropout.mlp(), mlp, (scratch, d_inner), d_norm)?;
+        self.post_attention_layernorm.forward(y, ln2)?;
+        if made_inner {
+            let up = of_mlp.map(|[up, _]| up);
+            self.mlp.expand(&ln2.y, up, dropout.mlp()[0], mlp, scratch)?;
+        }
+        if self.mlp.dense_4h_to_h.reads_input() {
+            self.mlp.activate(mlp)?;
+        }
+        if made_u_down {
+            let down = of_mlp.map(|[_, down]| down);
+            let MlpActivations { active, linear, .. } = &mut *mlp;
+            self.mlp
+                .dense_4h_to_h
+                .recompute(active, down, dropout.mlp()[1], &mut linear[1], scratch)?;
+        }
+        self.mlp.backward(
+            &ln2.y,
+            of_mlp,
+            d,
+            ALPHA,
+            dropout.mlp(),
+            mlp,
+            (&mut *scratch, d_inner.as_mut().unwrap_or(&mut attention.qkv)),
+            d_norm,
+        )?;
         self.post_attention_layernorm
-            .backward(y, d_norm, ln2, Some(d_y))?;
+            .backward(y, d_norm, &ln2.stats, Some(d_y))?;
+        if !made_y {
+            self.input_layernorm.forward(x, ln1)?;
+            if made_qkv {
+                let qkv = of_attention.map(|[qkv, _]| qkv);
+                let dropout = dropout.attention()[0];
+                self.attention
+                    .project(&ln1.y, qkv, geometry, dropout, attention, scratch)?;
+            }
+            if made_u_dense {
+                let dense = of_attention.map(|[_, dense]| dense);
+                let AttentionActivations { context, linear, .. } = &mut *attention;
+                self.attention.dense.recompute(
+                    context,
+                    dense,
+                    dropout.attention()[1],
+                    &mut linear[1],
+                    scratch,
+                )?;
+            }
+        }
         // `d` has been read: it now serves as the gradient over the context, then over LN1's output.
         let wanted = propagate || self.input_layernorm.trains();
         let (d_context, da) = (d_norm, d);
         let dx = if wanted { Some(&mut *da) } else { None };
-        let buffers = (scratch, d_context, d_qkv);
+        // So has the GELU's output, whose place takes the gradient over q, k and v.
+        let buffers = (scratch, d_context, &mut mlp.active);
         self.attention.backward(
             &ln1.y,
+            of_attention,
             d_y,
             ALPHA,
             geometry,
@@ -213,7 +302,7 @@ impl Block {
         )?;
         if wanted {
             let dx = if propagate { Some(&mut *d_y) } else { None };
-            self.input_layernorm.backward(x, da, ln1, dx)?;
+            self.input_layernorm.backward(x, da, &ln1.stats, dx)?;
             std::mem::swap(da, d_y);
         }
         Ok(())
@@ -313,6 +402,9 @@ impl BlockActivations {
 /// The device has no room.
 pub fn rope_tables(compute: Compute, head_dim: usize, count: usize) -> Result<Tensor> {
     let r = head_dim / 2;
+    if planning() {
+        return compute.accumulators([count, r]);
+    }
     let mut table = Vec::with_capacity(count * r);
     for position in 0..count {
         let angles = (0..r / 2).map(|i| {

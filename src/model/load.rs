@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use super::Model;
 use super::config::ModelConfig;
 use super::glm::Block;
+use super::tune::Storage;
 use crate::checkpoint::{Checkpoint, refuse_non_finite};
 use crate::error::{Error, Result};
 use crate::nn::{Attention, LayerNorm, Linear, Mlp, Param, Weight};
 use crate::ops;
 use crate::quant::{QuantTensor, QuantType};
 use crate::rng::Stream;
+use crate::tensor::ledger::account;
 use crate::tensor::{Compute, DType, Device, Shape, Tensor};
 
 /// In which form the four linears of each block are held.
@@ -27,6 +29,59 @@ pub enum Weights {
     },
 }
 
+/// In which form the head's matrix is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HeadStorage {
+    /// On a device in the compute type, on the CPU as the checkpoint stores it.
+    #[default]
+    Compute,
+    /// In 8 bits with a scale for each row.
+    Int8,
+    /// In NF4, double-quantised.
+    Nf4,
+    /// In host memory; a device gets it in chunks, every time it is used.
+    Stream,
+}
+
+impl std::str::FromStr for HeadStorage {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "compute" => Ok(Self::Compute),
+            "int8" => Ok(Self::Int8),
+            "nf4" => Ok(Self::Nf4),
+            "stream" => Ok(Self::Stream),
+            _ => Err(Error::Usage(format!(
+                "--head-storage: found {name}, expected auto, compute, int8, nf4 or stream"
+            ))),
+        }
+    }
+}
+
+/// Where the embedding matrix lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EmbeddingPlace {
+    /// Where the model computes.
+    #[default]
+    Device,
+    /// In the mapped file: the rows of a batch are gathered on the host and uploaded.
+    Host,
+}
+
+/// What a checkpoint holds, as far as memory is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadedFrom {
+    /// The type of what is stored dense.
+    pub dtype: DType,
+    /// Are the linears in 4 bits, and then: are their scales quantised too?
+    pub double_quant: Option<bool>,
+    /// Is the head another matrix than the embedding?
+    pub separate_head: bool,
+}
+
 /// How to load.
 #[derive(Debug, Clone, Copy)]
 pub struct LoadOptions {
@@ -35,6 +90,12 @@ pub struct LoadOptions {
     pub compute: Compute,
     /// The form of the linears.
     pub weights: Weights,
+    /// Do the linears' matrices stay in host memory, to be copied ahead of their use?
+    pub stream: bool,
+    /// The form of the head.
+    pub head: HeadStorage,
+    /// The place of the embedding.
+    pub embedding: EmbeddingPlace,
 }
 
 impl Default for LoadOptions {
@@ -42,12 +103,15 @@ impl Default for LoadOptions {
         Self {
             compute: Compute::cpu(DType::F32),
             weights: Weights::AsStored,
+            stream: false,
+            head: HeadStorage::default(),
+            embedding: EmbeddingPlace::default(),
         }
     }
 }
 
 /// Where the tensors of a model come from.
-trait Source {
+pub(super) trait Source {
     fn tensor(&self, name: &str) -> Result<Tensor>;
     fn place(&self, name: &str) -> String;
 
@@ -111,25 +175,28 @@ impl Source for Initializer {
     }
 }
 
-/// Weights that only have the right sizes and variances: random codes, and an embedding whose logits are small, so that
-/// the loss starts near the logarithm of the vocabulary.
-struct Synthesizer(Initializer);
+/// Weights that only have the right sizes and variances: random codes or, dense, random numbers, and an embedding whose logits are
+/// small, so that the loss starts near the logarithm of the vocabulary.
+struct Synthesizer {
+    names: Initializer,
+    dense: bool,
+}
 
 impl Source for Synthesizer {
     fn tensor(&self, name: &str) -> Result<Tensor> {
-        let Some(&(number, shape)) = self
-            .0
-            .names
-            .get(name)
-            .filter(|_| name.ends_with("embeddings.weight"))
-        else {
-            return self.0.tensor(name);
+        let matrix = |(_, shape): &&(usize, Shape)| shape.extents().len() == 2;
+        let Some(&(number, shape)) = self.names.names.get(name).filter(matrix) else {
+            return self.names.tensor(name);
         };
-        // A random sign and mantissa on one exponent: f16 between 2^e and 2^(e + 1), about 2 / hidden.
+        // A random sign and mantissa on one exponent: f16 between 2^e and 2^(e + 1), of the embedding about 2 / hidden, of a linear
+        // about 0.02.
         let (_, hidden) = shape.rows_and_columns();
-        let exponent = 16 - hidden.ilog2().min(14) as u16;
+        let exponent = match name.ends_with("embeddings.weight") {
+            true => 16 - hidden.ilog2().min(14) as u16,
+            false => 9,
+        };
         let mut tensor = Tensor::zeros(DType::F16, shape);
-        Stream::new(self.0.seed, number as u64).fill(tensor.bytes_mut());
+        Stream::new(self.names.seed, number as u64).fill(tensor.bytes_mut());
         for bits in bytemuck::cast_slice_mut::<u8, u16>(tensor.bytes_mut()) {
             *bits = (*bits & 0x83ff) | (exponent << 10);
         }
@@ -141,24 +208,26 @@ impl Source for Synthesizer {
     }
 
     fn quantized(&self, name: &str) -> Option<QuantTensor> {
-        let &(number, shape) = self.0.names.get(name)?;
+        let &(number, shape) = self.names.names.get(name).filter(|_| !self.dense)?;
         Some(QuantTensor::random(
             shape,
-            Stream::new(self.0.seed, number as u64),
+            Stream::new(self.names.seed, number as u64),
         ))
     }
 }
 
-struct Loader<'a, S> {
-    source: &'a S,
-    options: &'a LoadOptions,
+pub(super) struct Loader<'a, S> {
+    pub source: &'a S,
+    pub options: &'a LoadOptions,
 }
 
 impl<S: Source> Loader<'_, S> {
     /// A small tensor (norm, bias) in the type of sums; none of its numbers may be NaN or infinite.
     fn small(&self, name: &str) -> Result<Param> {
         let tensor = self.source.tensor(name)?;
-        refuse_non_finite(&self.source.place(name), &tensor)?;
+        if !tensor.is_planned() {
+            refuse_non_finite(&self.source.place(name), &tensor)?;
+        }
         let Compute { device, dtype } = self.options.compute;
         Ok(Param::frozen(
             tensor.to_dtype(dtype.accumulator()).into_device(device)?,
@@ -181,7 +250,16 @@ impl<S: Source> Loader<'_, S> {
         })
     }
 
+    /// The matrix of a linear layer. One that is to be streamed is made on the device as well, and copied out of it.
     fn weight(&self, name: &str) -> Result<Weight> {
+        let weight = self.weight_in_place(name)?;
+        match self.options.stream && self.options.compute.device != Device::Cpu {
+            true => weight.into_host(),
+            false => Ok(weight),
+        }
+    }
+
+    fn weight_in_place(&self, name: &str) -> Result<Weight> {
         let place = |weight| {
             let weight = ops::place_quantized(weight, self.options.compute.device)?;
             Ok(Weight::Quant(Box::new(weight)))
@@ -209,7 +287,7 @@ impl<S: Source> Loader<'_, S> {
 
     /// A tensor of any size. On the CPU in place; one wider than the compute type cannot be decoded tile by tile and is
     /// rounded here. A device gets a copy in the compute type.
-    fn large(&self, name: &str) -> Result<Param> {
+    pub(super) fn large(&self, name: &str) -> Result<Param> {
         let tensor = self.source.tensor(name)?;
         let Compute { device, dtype } = self.options.compute;
         Ok(Param::frozen(match device {
@@ -219,26 +297,31 @@ impl<S: Source> Loader<'_, S> {
         }))
     }
 
-    fn model(&self, config: &ModelConfig, separate_head: bool) -> Result<Model> {
+    pub fn model(&self, config: &ModelConfig, separate_head: bool) -> Result<Model> {
+        let (lm_head, stored_head) = account("head", || self.head(separate_head))?;
         Ok(Model {
-            embedding: self.large("transformer.word_embeddings.weight")?,
+            embedding: account("embedding", || self.embedding(separate_head))?,
             blocks: (0..config.num_layers)
                 .map(|i| self.block(i, config))
                 .collect::<Result<_>>()?,
-            final_layernorm: self.norm("transformer.final_layernorm", config.layernorm_epsilon)?,
-            lm_head: if separate_head {
-                Some(self.large("lm_head.weight")?)
-            } else {
-                None
-            },
+            final_layernorm: account("weights", || {
+                self.norm("transformer.final_layernorm", config.layernorm_epsilon)
+            })?,
+            lm_head,
+            stored_head,
             prefix: None,
             neftune: 0.0,
+            storage: Storage::default(),
             compute: self.options.compute,
             config: config.clone(),
         })
     }
 
     fn block(&self, i: usize, config: &ModelConfig) -> Result<Block> {
+        account("weights", || self.block_tensors(i, config))
+    }
+
+    fn block_tensors(&self, i: usize, config: &ModelConfig) -> Result<Block> {
         let name = format!("transformer.layers.{i}");
         let norm = |part: &str| self.norm(&format!("{name}.{part}"), config.layernorm_epsilon);
         let linear = |part: &str| self.linear(&format!("{name}.{part}"));
@@ -291,13 +374,25 @@ impl Model {
     /// # Errors
     /// The device has no room.
     pub fn synthetic(config: &ModelConfig, seed: u64, compute: Compute) -> Result<Model> {
-        Loader {
-            source: &Synthesizer(Initializer::new(config, seed)),
-            options: &LoadOptions {
-                compute,
-                weights: Weights::AsStored,
-            },
-        }
-        .model(config, false)
+        let options = LoadOptions {
+            compute,
+            ..LoadOptions::default()
+        };
+        Self::synthetic_as(config, seed, false, &options)
+    }
+
+    /// [`Model::synthetic`], with fp16 weights if it is `dense`, loaded as `options` say.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn synthetic_as(
+        config: &ModelConfig,
+        seed: u64,
+        dense: bool,
+        options: &LoadOptions,
+    ) -> Result<Model> {
+        let names = Initializer::new(config, seed);
+        let source = &Synthesizer { names, dense };
+        Loader { source, options }.model(config, false)
     }
 }

@@ -1,25 +1,38 @@
 //! The model: embedding, blocks, final norm, head; forward, backward, loading.
 
+mod activations;
+pub mod by_layer;
 pub mod cache;
 pub mod config;
 pub mod glm;
+mod head;
 mod load;
+mod policy;
 mod save;
+mod skeleton;
+mod stream;
+mod trace;
 pub mod tune;
 pub mod workspace;
 
+pub use by_layer::{ByLayer, Layer, LayerGradients};
 pub use cache::KvCache;
 pub use config::ModelConfig;
-pub use load::{LoadOptions, Weights};
+use head::StoredHead;
+pub use load::{EmbeddingPlace, HeadStorage, LoadOptions, LoadedFrom, Weights};
+pub use policy::{LayerPolicy, Recompute};
+pub use trace::LayerPass;
 use workspace::HeadBuffers;
 pub use workspace::Workspace;
 
 use crate::data::batch::Batch;
 use crate::error::Result;
-use crate::nn::{Keys, LayerNorm, Linear, Param, PrefixActivations, PrefixEncoder};
-use crate::ops::{self, WeightRef};
+use crate::nn::{Keys, LayerNorm, Linear, NormActivations, Param, PrefixActivations, PrefixEncoder};
+use crate::ops;
 use crate::rng::Stream;
-use crate::tensor::{Compute, DType, Device, Tensor, check_memory};
+use crate::tensor::{Compute, DType, Device, check_memory};
+use activations::Lent;
+use by_layer::Together;
 use glm::{Block, BlockDropout};
 
 /// ChatGLM-6B, with or without adapters.
@@ -30,12 +43,16 @@ pub struct Model {
     embedding: Param,
     blocks: Vec<Block>,
     final_layernorm: LayerNorm,
-    /// The output matrix when it is not the embedding.
+    /// The output matrix when it is dense and not the embedding.
     lm_head: Option<Param>,
+    /// The output matrix when it is held in another form; there is no `lm_head` beside it.
+    stored_head: Option<StoredHead>,
     /// Of P-Tuning v2.
     prefix: Option<PrefixEncoder>,
     /// NEFTune's alpha; 0 is off.
     neftune: f64,
+    /// Of weights that train whole.
+    storage: tune::Storage,
 }
 
 /// The summed negative log-likelihood of supervised tokens.
@@ -84,11 +101,6 @@ impl Model {
         self.compute
     }
 
-    /// The output matrix `[V, hidden]`.
-    fn head(&self) -> &Tensor {
-        self.lm_head.as_ref().map_or(&self.embedding.value, |p| &p.value)
-    }
-
     /// Adds noise to the embeddings in training (NEFTune, Jain et al. 2023): uniform in `±alpha / sqrt(S H)`, S being the
     /// padded length of the batch, as in transformers. 0 turns it off.
     ///
@@ -114,12 +126,26 @@ impl Model {
         named.map(|(_, linear)| linear)
     }
 
-    /// Room for the activations of up to `max_size` sequences of up to `max_len` tokens. Made after
-    /// [`tune::apply`], since adapters have activations too.
+    /// [`Model::workspace_with`] layers that keep everything that a product made.
     ///
     /// # Errors
-    /// Either is 0, or there is not enough memory.
+    /// As there.
     pub fn workspace(&self, max_size: usize, max_len: usize) -> Result<Workspace> {
+        self.workspace_with(max_size, max_len, &[])
+    }
+
+    /// Room for the activations of up to `max_size` sequences of up to `max_len` tokens, layer by layer as `policies` says;
+    /// a layer beyond the last one is as [`LayerPolicy::default`]. Made after [`tune::apply`], since adapters have activations
+    /// too and layers that nothing below trains keep none.
+    ///
+    /// # Errors
+    /// Either is 0, there are more policies than layers, or there is not enough memory.
+    pub fn workspace_with(
+        &self,
+        max_size: usize,
+        max_len: usize,
+        policies: &[LayerPolicy],
+    ) -> Result<Workspace> {
         if max_size == 0 || max_len == 0 {
             return Err(crate::error::Error::input(
                 "workspace",
@@ -128,9 +154,21 @@ impl Model {
                 "check the data",
             ));
         }
+        if policies.len() > self.blocks.len() {
+            return Err(crate::error::Error::input(
+                "workspace",
+                format!("policies of {} layers", policies.len()),
+                format!("at most {}", self.blocks.len()),
+                "give each layer one",
+            ));
+        }
         let config = self.config();
-        // Per token and layer: two norms, query_key_value, context, dense and hidden; both sides of the GELU.
-        let row = (config.num_layers + 6) * (8 * config.hidden_size + 2 * config.inner_hidden_size);
+        let (hidden, inner) = (config.hidden_size, config.inner_hidden_size);
+        let lowest = self.lowest_layer().unwrap_or(config.num_layers);
+        let policy = |i: usize| policies.get(i).copied().unwrap_or_default();
+        let kept = (lowest..config.num_layers).map(|i| policy(i).recompute.values(hidden, inner));
+        // Beside what layers keep: about twice all that one makes, for the set they share and the gradients.
+        let row = kept.sum::<usize>() + 2 * (8 * hidden + 2 * inner);
         if self.device() == Device::Cpu {
             let rows = (row * self.dtype().size()) as u128 * max_size as u128 * max_len as u128;
             check_memory(
@@ -139,7 +177,7 @@ impl Model {
                 "lower --micro-batch-size or --max-length",
             )?;
         }
-        Workspace::new(self, max_size, max_len)
+        Workspace::new(self, max_size, max_len, policies)
     }
 
     /// What the workspace holds for a prefix: a layer's keys and values with their gradients, and the table of a projection
@@ -156,25 +194,39 @@ impl Model {
         (4 * each + table) * prefix.len() * hidden * self.dtype().accumulator().size()
     }
 
-    /// Runs the batch through all blocks and the final norm, keeping every activation in `ws`.
+    /// Runs the batch through all blocks and the final norm. With the stream of a training pass, dropout drops and `ws` keeps
+    /// what a backward pass needs.
     ///
     /// # Errors
     /// The batch does not fit the workspace, or an id lies outside the vocabulary.
     pub fn forward(&self, ws: &mut Workspace, batch: &Batch, dropout: Option<Stream>) -> Result<()> {
         ws.load(batch)?;
-        ops::embedding(&self.embedding.value, &ws.ids, &mut ws.hidden[0])?;
-        if let Some(pass) = dropout.filter(|_| self.neftune > 0.0) {
-            let bound = self.neftune / ((batch.len * self.config.hidden_size) as f64).sqrt();
-            ops::accumulate_noise(bound, glm::noise_stream(pass), &mut ws.hidden[0])?;
+        self.forward_loaded(ws, dropout, &mut |_| Ok(()))
+    }
+
+    /// [`Model::forward_seen`] of the batch that the workspace holds.
+    fn forward_loaded(
+        &self,
+        ws: &mut Workspace,
+        pass: Option<Stream>,
+        see: &mut dyn FnMut(LayerPass<'_>) -> Result<()>,
+    ) -> Result<()> {
+        ws.weights.begin(&self.blocks)?;
+        ws.pass = pass;
+        let size = ws.spans.extent(0);
+        let x = ws.activations.first();
+        self.embed(&ws.host_ids, &ws.ids, ws.embedded.as_mut(), x)?;
+        if let Some(pass) = pass.filter(|_| self.neftune > 0.0) {
+            let bound = self.neftune / ((x.extent(0) / size * self.config.hidden_size) as f64).sqrt();
+            ops::accumulate_noise(bound, glm::noise_stream(pass), x)?;
         }
-        let of_prefix = dropout.map(glm::prefix_dropout);
+        let of_prefix = pass.map(glm::prefix_dropout);
         if let (Some(encoder), Some(prefix)) = (&self.prefix, &mut ws.prefix) {
             encoder.forward(prefix)?;
         }
         for (i, block) in self.blocks.iter().enumerate() {
-            let (before, after) = ws.hidden.split_at_mut(i + 1);
             if let (Some(encoder), Some(prefix)) = (&self.prefix, &mut ws.prefix) {
-                encoder.layer(i, batch.size, of_prefix, prefix)?;
+                encoder.layer(i, size, of_prefix, prefix)?;
             }
             let geometry = crate::nn::Geometry {
                 spans: &ws.spans,
@@ -182,36 +234,36 @@ impl Model {
                 tables: &ws.tables,
                 prefix: ws.prefix.as_ref().map(PrefixActivations::prefix),
             };
-            let dropout = dropout.map_or(BlockDropout::OFF, |base| BlockDropout::new(base, i));
-            block.forward(
-                &before[i],
-                geometry,
-                Keys::Own,
-                dropout,
-                &mut ws.blocks[i],
-                &mut ws.scratch,
-                &mut after[0],
-            )?;
+            let dropout = pass.map_or(BlockDropout::OFF, |base| BlockDropout::new(base, i));
+            let fetched = ws.weights.take(&self.blocks, i, Some(i + 1))?;
+            let scratch = &mut ws.scratch;
+            ws.activations.with_layer(i, |lent| {
+                let Lent {
+                    x, activations, out, ..
+                } = lent;
+                block.forward(
+                    x,
+                    fetched,
+                    geometry,
+                    Keys::Own,
+                    dropout,
+                    activations,
+                    scratch,
+                    out,
+                )?;
+                see(LayerPass {
+                    layer: i,
+                    x,
+                    activations,
+                    out,
+                })
+            })?;
+            if pass.is_some() {
+                ws.activations.store(i)?;
+            }
         }
         self.final_layernorm
-            .forward(&ws.hidden[self.blocks.len()], &mut ws.final_layernorm)
-    }
-
-    /// Logits of every position of the last [`Model::forward`], `[B S, V]`, in the type of sums.
-    ///
-    /// # Errors
-    /// The device has no room.
-    pub fn logits(&self, ws: &Workspace) -> Result<Tensor> {
-        let rows = ws.final_hidden().extent(0);
-        let mut logits = self.compute.accumulators([rows, self.config.vocab_size])?;
-        ops::linear(
-            ws.final_hidden(),
-            WeightRef::Dense(self.head()),
-            None,
-            None,
-            &mut logits,
-        )?;
-        Ok(logits)
+            .forward(ws.activations.last(), &mut ws.final_layernorm)
     }
 
     /// Cross-entropy over the labelled rows of the last forward pass.
@@ -221,15 +273,15 @@ impl Model {
             return Ok(Loss::default());
         }
         ops::gather_rows(&ws.final_layernorm.y, &ws.labelled, &mut ws.head.x)?;
-        let head = &mut ws.head;
-        let weight = WeightRef::Dense(self.head());
-        let nll_sum = ops::head_loss(
-            &head.x,
-            weight,
-            &ws.targets,
-            &mut head.logits,
-            &mut head.statistics,
-        )?;
+        let HeadBuffers {
+            x,
+            scratch,
+            statistics,
+            spent,
+            ..
+        } = &mut ws.head;
+        *spent = false;
+        let nll_sum = ops::head_loss(x, self.head(), &ws.targets, scratch, statistics)?;
         Ok(Loss { nll_sum, tokens })
     }
 
@@ -278,56 +330,79 @@ impl Model {
         scale: f64,
         dropout: Stream,
     ) -> Result<Loss> {
+        self.check_gradients()?;
         ops::pass(self.device(), || {
             self.forward(ws, batch, Some(dropout))?;
             let loss = self.head_loss(ws)?;
             if loss.tokens > 0 {
-                self.backward(ws, scale, dropout)?;
+                self.backward(ws, scale, dropout, &mut Together)?;
             }
             Ok(loss)
         })
     }
 
-    fn backward(&mut self, ws: &mut Workspace, scale: f64, dropout: Stream) -> Result<()> {
+    fn backward(
+        &mut self,
+        ws: &mut Workspace,
+        scale: f64,
+        dropout: Stream,
+        by_layer: &mut (dyn ByLayer + Send),
+    ) -> Result<()> {
         let layers = self.blocks.len();
-        let rows_shape = ws.hidden[layers].shape();
-        ws.d.resize(rows_shape)?;
-        ws.d_norm.resize(rows_shape)?;
+        let rows_shape = ws.activations.last().shape();
+        let d_final = &mut ws.backward.d_norm;
+        d_final.resize(rows_shape)?;
 
-        // The head's own matrix or, when tied, the embedding, which is taken apart so that value and gradient can be
-        // borrowed at once.
-        let head = self.lm_head.as_mut().unwrap_or(&mut self.embedding);
-        let Param { value, grad } = head;
-        let buffers = (&mut ws.head.logits, &ws.head.statistics);
-        ops::head_loss_backward(
-            &ws.head.x,
-            WeightRef::Dense(value),
+        by_layer.begin(self, Layer::Head)?;
+        // The gradient of the head's own matrix or, when tied, of the embedding is taken away while the matrix is read.
+        let dense = self.lm_head.as_mut().unwrap_or(&mut self.embedding);
+        let mut grad = match &self.stored_head {
+            Some(_) => None,
+            None => dense.grad.take(),
+        };
+        let HeadBuffers {
+            x,
+            scratch,
+            statistics,
+            dx,
+            spent,
+            ..
+        } = &mut ws.head;
+        *spent = true;
+        let done = ops::head_loss_backward(
+            x,
+            self.head(),
             &ws.targets,
             scale,
-            buffers,
-            &mut ws.head.dx,
+            (scratch, statistics),
+            dx,
             grad.as_mut(),
-        )?;
-        ops::scatter_rows(&ws.head.dx, &ws.labelled, &mut ws.d_norm)?;
+        );
+        if let Some(grad) = grad {
+            let dense = self.lm_head.as_mut().unwrap_or(&mut self.embedding);
+            dense.grad = Some(grad);
+        }
+        done?;
+        ops::scatter_rows(&ws.head.dx, &ws.labelled, d_final)?;
 
         let embedding_trains = self.embedding.trains();
-        let prefix_trains = self.prefix.as_ref().is_some_and(PrefixEncoder::trains);
-        let lowest = if embedding_trains || prefix_trains {
-            Some(0)
-        } else {
-            self.blocks.iter().position(Block::trains)
-        };
+        let lowest = self.lowest_layer();
         let wanted = lowest.is_some();
-        let dx = if wanted { Some(&mut ws.d) } else { None };
+        // The head has read the norm's output.
+        let NormActivations { y: d, stats } = &mut ws.final_layernorm;
+        let dx = if wanted { Some(&mut *d) } else { None };
         self.final_layernorm
-            .backward(&ws.hidden[layers], &ws.d_norm, &ws.final_layernorm, dx)?;
+            .backward(ws.activations.last(), d_final, stats, dx)?;
+        by_layer.end(self, Layer::Head)?;
         let Some(lowest) = lowest else { return Ok(()) };
+        ws.activations.check_kept(lowest)?;
         let size = ws.spans.extent(0);
         let of_prefix = Some(glm::prefix_dropout(dropout));
         if let (Some(encoder), Some(prefix)) = (&self.prefix, &mut ws.prefix) {
             encoder.begin_backward(prefix)?;
         }
         for i in (lowest..layers).rev() {
+            by_layer.begin(self, Layer::Block(i))?;
             let (mut prefix, mut gradients) = (None, None);
             if let (Some(encoder), Some(activations)) = (&self.prefix, &mut ws.prefix) {
                 encoder.layer(i, size, of_prefix, activations)?;
@@ -343,27 +418,43 @@ impl Model {
             let buffers = (&mut ws.scratch, &mut ws.backward);
             let dropout = BlockDropout::new(dropout, i);
             let propagate = i > lowest || embedding_trains;
-            self.blocks[i].backward(
-                &ws.hidden[i],
-                geometry,
-                gradients,
-                dropout,
-                &ws.blocks[i],
-                buffers,
-                &mut ws.d,
-                propagate,
-            )?;
+            let below = i.checked_sub(1).filter(|&below| below >= lowest);
+            let fetched = ws.weights.take(&self.blocks, i, below)?;
+            let block = &mut self.blocks[i];
+            ws.activations.with_layer(i, |lent| {
+                let Lent {
+                    recompute,
+                    x,
+                    activations,
+                    ..
+                } = lent;
+                block.backward(
+                    x,
+                    fetched,
+                    geometry,
+                    gradients,
+                    dropout,
+                    recompute,
+                    activations,
+                    buffers,
+                    d,
+                    propagate,
+                )
+            })?;
             if let (Some(encoder), Some(prefix)) = (&mut self.prefix, &mut ws.prefix) {
                 encoder.backward_layer(i, of_prefix, prefix)?;
             }
+            ws.activations.fetch_next(i)?;
+            by_layer.end(self, Layer::Block(i))?;
         }
+        by_layer.begin(self, Layer::Embedding)?;
         if let (Some(encoder), Some(prefix)) = (&mut self.prefix, &mut ws.prefix) {
             encoder.backward(prefix)?;
         }
         if let Some(grad) = &mut self.embedding.grad {
-            ops::embedding_backward(&ws.d, &ws.ids, grad)?;
+            ops::embedding_backward(d, &ws.ids, grad)?;
         }
-        Ok(())
+        by_layer.end(self, Layer::Embedding)
     }
 
     /// Sets every gradient to 0.
@@ -439,37 +530,18 @@ impl Model {
         let mut bytes = 0;
         self.for_each_param(&mut |name, param| {
             // The keys and values of a prefix are read, which are made of its parameters once.
-            let read = self.lm_head.is_none() || name != "transformer.word_embeddings.weight";
+            let separate = self.lm_head.is_some() || self.stored_head.is_some();
+            let read = !separate || name != "transformer.word_embeddings.weight";
             if read && !name.starts_with(crate::nn::PREFIX_ENCODER) {
-                bytes += param.value.byte_len();
+                bytes += param.operand().byte_len();
             }
         });
+        bytes += self.stored_head.as_ref().map_or(0, StoredHead::bytes);
         for (_, linear) in self.blocks.iter().flat_map(Block::linears) {
             if let crate::nn::Weight::Quant(weight) = &linear.weight {
                 bytes += weight.bytes();
             }
         }
         bytes
-    }
-
-    /// The first activation of the last forward pass, in the order of computation, that holds a value that is not a
-    /// number or infinite; named after its module. A tensor that cannot be read counts as such.
-    pub fn first_non_finite(&self, ws: &Workspace) -> Option<String> {
-        let bad = |tensor: &Tensor| !matches!(ops::non_finite(tensor), Ok(None));
-        if bad(&ws.hidden[0]) {
-            return Some("transformer.word_embeddings".to_string());
-        }
-        for i in 0..self.blocks.len() {
-            if let Some((name, _)) = ws.blocks[i].named().into_iter().find(|(_, tensor)| bad(tensor)) {
-                return Some(format!("transformer.layers.{i}.{name}"));
-            }
-            if bad(&ws.hidden[i + 1]) {
-                return Some(format!("transformer.layers.{i}.mlp.dense_4h_to_h"));
-            }
-        }
-        if bad(&ws.final_layernorm.y) {
-            return Some("transformer.final_layernorm".to_string());
-        }
-        bad(&ws.head.statistics).then(|| "lm_head".to_string())
     }
 }

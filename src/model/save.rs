@@ -104,9 +104,13 @@ pub(super) fn save(model: &Model, base: &Path, dir: &Path, shard_bytes: u64) -> 
         std::fs::copy(&path, &target).map_err(Error::io(&target, "write"))?;
     }
     // transformers ties them unless it is told otherwise.
-    let keys = match model.lm_head {
-        Some(_) => vec![("tie_word_embeddings", json!(false))],
-        None => Vec::new(),
+    let separate = match model.stored_head {
+        Some(_) => source.has_separate_head()?,
+        None => model.lm_head.is_some(),
+    };
+    let keys = match separate {
+        true => vec![("tie_word_embeddings", json!(false))],
+        false => Vec::new(),
     };
     config::copy(base, folder.dir(), &keys)?;
     folder.commit(dir)
@@ -133,6 +137,7 @@ fn entries<'a>(model: &'a Model, source: &Checkpoint) -> Result<Vec<Entry<'a>>> 
     for name in names {
         let origin = match params.remove(&name) {
             Some(param) => Origin::Model(param),
+            None if name == LM_HEAD && model.stored_head.is_some() => Origin::Base,
             None if name == LM_HEAD => Origin::Model(&model.embedding),
             None if is_quantized_linear(&name) => {
                 let remedy = "load the base dense: a 4-bit model is no checkpoint of its base";

@@ -1,11 +1,16 @@
 //! Every activation of one micro-batch, reserved before step 1.
 
 use super::Model;
-use super::glm::{self, BackwardScratch, BlockActivations};
+use super::activations::Activations;
+use super::glm::{self, BackwardScratch};
+use super::policy::LayerPolicy;
+use super::stream::WeightSlots;
 use crate::data::batch::{Batch, IGNORE};
 use crate::error::{Error, Result};
 use crate::nn::{NormActivations, PrefixActivations, Scratch};
-use crate::ops;
+use crate::ops::{self, HeadScratch};
+use crate::rng::Stream;
+use crate::tensor::ledger::account;
 use crate::tensor::{Compute, Tensor};
 
 /// Logits of at most this many elements are held at once (64 MiB of f32); a larger vocabulary is taken in chunks.
@@ -28,18 +33,21 @@ pub struct Workspace {
     pub(super) labelled: Tensor,
     pub(super) targets: Tensor,
     pub(super) tables: Tensor,
-    /// `hidden[i]` is the input of block i; the last is the output of the last block.
-    pub(super) hidden: Vec<Tensor>,
-    pub(super) blocks: Vec<BlockActivations>,
+    /// The number of the last forward pass, if it was one of training, to run it again.
+    pub(super) pass: Option<Stream>,
+    pub(super) activations: Activations,
+    /// Its y becomes the gradient over the current hidden state in the backward pass.
     pub(super) final_layernorm: NormActivations,
     pub(super) head: HeadBuffers,
+    /// The ids once more, for an embedding that stays in host memory.
+    pub(super) host_ids: Vec<i32>,
+    /// Its rows, on their way to the first layer.
+    pub(super) embedded: Option<Tensor>,
     /// Of a model with a prefix.
     pub(super) prefix: Option<PrefixActivations>,
     pub(super) scratch: Scratch,
+    pub(super) weights: WeightSlots,
     pub(super) backward: BackwardScratch,
-    /// The gradient over the current hidden state.
-    pub(super) d: Tensor,
-    pub(super) d_norm: Tensor,
 }
 
 /// Buffers of head and loss.
@@ -48,7 +56,9 @@ pub(super) struct HeadBuffers {
     /// Final hidden states of the labelled rows.
     pub x: Tensor,
     pub dx: Tensor,
-    pub logits: Tensor,
+    pub scratch: HeadScratch,
+    /// Has a backward pass overwritten the logits?
+    pub spent: bool,
     pub statistics: Tensor,
     /// A copy of the statistics on the host.
     pub scores: Tensor,
@@ -59,12 +69,23 @@ impl Workspace {
     ///
     /// # Errors
     /// The device has no room.
-    pub(super) fn new(model: &Model, max_size: usize, max_len: usize) -> Result<Self> {
+    pub(super) fn new(
+        model: &Model,
+        max_size: usize,
+        max_len: usize,
+        policies: &[LayerPolicy],
+    ) -> Result<Self> {
+        account("transients", || Self::reserve(model, max_size, max_len, policies))
+    }
+
+    fn reserve(model: &Model, max_size: usize, max_len: usize, policies: &[LayerPolicy]) -> Result<Self> {
         let (config, compute) = (model.config(), model.compute());
         let (hidden, inner) = (config.hidden_size, config.inner_hidden_size);
         let rows = max_size * max_len;
         let logits = logits_elements(rows, config.vocab_size);
         let plane = || compute.zeros([rows, hidden]);
+        let activations = Activations::new(model, rows, policies)?;
+        let d_inner = activations.qkv_stay().then_some(inner);
         Ok(Self {
             max_size,
             max_len,
@@ -77,20 +98,21 @@ impl Workspace {
             // Padding keeps counting positions, so they stay below the padded length; the block position of the last
             // token is at most the length itself.
             tables: glm::rope_tables(compute, config.head_dim(), max_len + 1)?,
-            hidden: (0..=config.num_layers).map(|_| plane()).collect::<Result<_>>()?,
-            blocks: model
-                .blocks
-                .iter()
-                .map(|block| block.activations(compute, rows))
-                .collect::<Result<_>>()?,
+            pass: None,
+            activations,
             final_layernorm: NormActivations::new(compute, rows, hidden)?,
-            head: HeadBuffers {
-                x: plane()?,
-                dx: compute.accumulators([rows, hidden])?,
-                logits: compute.accumulators([logits])?,
-                statistics: compute.accumulators([rows, ops::STATISTICS])?,
-                scores: Compute::cpu(compute.dtype).accumulators([rows, ops::STATISTICS])?,
-            },
+            head: account("logits", || -> Result<_> {
+                Ok(HeadBuffers {
+                    x: plane()?,
+                    dx: compute.accumulators([rows, hidden])?,
+                    scratch: HeadScratch::new(compute, model.head(), logits)?,
+                    spent: false,
+                    statistics: compute.accumulators([rows, ops::STATISTICS])?,
+                    scores: Compute::cpu(compute.dtype).accumulators([rows, ops::STATISTICS])?,
+                })
+            })?,
+            host_ids: Vec::with_capacity(rows),
+            embedded: model.embedding_staging(rows)?,
             prefix: match &model.prefix {
                 Some(encoder) => {
                     let heads = [config.num_attention_heads, config.head_dim()];
@@ -98,10 +120,9 @@ impl Workspace {
                 }
                 None => None,
             },
+            weights: WeightSlots::new(model)?,
             scratch: Scratch::new(compute, rows, model.linears())?,
-            backward: BackwardScratch::new(compute, rows, hidden, inner)?,
-            d: plane()?,
-            d_norm: plane()?,
+            backward: BackwardScratch::new(compute, rows, hidden, d_inner)?,
         })
     }
 
@@ -130,6 +151,8 @@ impl Workspace {
         glm::check_indices("Workspace::load", "position", &batch.positions, positions)?;
         self.ids.resize([rows])?;
         self.ids.write(&batch.ids)?;
+        self.host_ids.clear();
+        self.host_ids.extend_from_slice(&batch.ids);
         self.positions.resize([rows, 2])?;
         self.positions.write(&batch.positions)?;
         self.spans.resize([size, 2])?;
@@ -150,25 +173,16 @@ impl Workspace {
         self.labelled.write(&labelled)?;
         self.targets.resize([count])?;
         self.targets.write(&targets)?;
-        let (_, hidden) = self.hidden[0].shape().rows_and_columns();
-        self.hidden[0].resize([rows, hidden])?;
+        let first = self.activations.first();
+        let (_, hidden) = first.shape().rows_and_columns();
+        first.resize([rows, hidden])?;
         for tensor in [&mut self.head.x, &mut self.head.dx] {
             tensor.resize([count, hidden])?;
         }
         self.head.statistics.resize([count, ops::STATISTICS])
     }
 
-    /// The input of block `i` (0: the embeddings; the number of layers: the output of the last block), `[B S, hidden]`.
-    pub fn hidden(&self, i: usize) -> &Tensor {
-        &self.hidden[i]
-    }
-
-    /// What block `i` kept of the last forward pass.
-    pub fn block(&self, i: usize) -> &BlockActivations {
-        &self.blocks[i]
-    }
-
-    /// The final hidden states after the last LayerNorm, `[B S, hidden]`.
+    /// The final hidden states after the last LayerNorm, `[B S, hidden]`, until a backward pass.
     pub fn final_hidden(&self) -> &Tensor {
         &self.final_layernorm.y
     }

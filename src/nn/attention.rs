@@ -2,7 +2,7 @@
 
 use super::{Linear, LinearActivations, Scratch};
 use crate::error::Result;
-use crate::ops::{self, Prefix, PrefixGradients};
+use crate::ops::{self, Prefix, PrefixGradients, WeightRef};
 use crate::rng::Stream;
 use crate::tensor::{Compute, Tensor};
 
@@ -78,13 +78,14 @@ impl Attention {
         })
     }
 
-    /// `y = dense(…) + alpha * x`.
+    /// `y = dense(…) + alpha * x`. `fetched` are the two matrices when they were copied to where the layer computes.
     ///
     /// # Errors
     /// Shapes do not fit.
     pub fn forward(
         &self,
         x: &Tensor,
+        fetched: Option<[WeightRef<'_>; 2]>,
         alpha: f64,
         geometry: Geometry<'_>,
         keys: Keys<'_>,
@@ -93,20 +94,23 @@ impl Attention {
         scratch: &mut Scratch,
         y: &mut Tensor,
     ) -> Result<()> {
+        self.project(
+            x,
+            fetched.map(|f| f[0]),
+            geometry,
+            dropout[0],
+            activations,
+            scratch,
+        )?;
         let AttentionActivations {
             qkv,
             context,
             log_sum_exp,
-            linear: [qkv_linear, dense_linear],
+            linear: [_, dense_linear],
         } = activations;
         let rows = x.extent(0);
-        let (wide, hidden) = self.query_key_value.extents();
-        qkv.resize([rows, wide])?;
-        context.resize([rows, hidden])?;
+        context.resize([rows, self.dense.extents().1])?;
         log_sum_exp.resize([rows * self.heads])?;
-        self.query_key_value
-            .forward(x, None, dropout[0], qkv_linear, scratch, qkv)?;
-        ops::rope(qkv, geometry.positions, geometry.tables, self.heads, false)?;
         match keys {
             Keys::Own => {
                 ops::attention(
@@ -132,8 +136,39 @@ impl Attention {
                 )?;
             }
         }
-        self.dense
-            .forward(context, Some((alpha, x)), dropout[1], dense_linear, scratch, y)
+        self.dense.forward(
+            context,
+            fetched.map(|f| f[1]),
+            Some((alpha, x)),
+            dropout[1],
+            dense_linear,
+            scratch,
+            y,
+        )
+    }
+
+    /// The first part of [`Attention::forward`]: rotated q, k and v.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn project(
+        &self,
+        x: &Tensor,
+        fetched: Option<WeightRef<'_>>,
+        geometry: Geometry<'_>,
+        dropout: Option<Stream>,
+        activations: &mut AttentionActivations,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let AttentionActivations {
+            qkv,
+            linear: [linear, _],
+            ..
+        } = activations;
+        qkv.resize([x.extent(0), self.query_key_value.extents().0])?;
+        self.query_key_value
+            .forward(x, fetched, None, dropout, linear, scratch, qkv)?;
+        ops::rope(qkv, geometry.positions, geometry.tables, self.heads, false)
     }
 
     /// From `dy`: adds the parameters' gradients and those of the prefix, and writes `dx = … + alpha * dy` if asked for.
@@ -145,6 +180,7 @@ impl Attention {
     pub fn backward(
         &mut self,
         x: &Tensor,
+        fetched: Option<[WeightRef<'_>; 2]>,
         dy: &Tensor,
         alpha: f64,
         geometry: Geometry<'_>,
@@ -164,6 +200,7 @@ impl Attention {
         dqkv.resize(qkv.shape())?;
         self.dense.backward(
             context,
+            fetched.map(|f| f[1]),
             dy,
             None,
             dropout[1],
@@ -182,7 +219,15 @@ impl Attention {
             dqkv,
         )?;
         ops::rope(dqkv, geometry.positions, geometry.tables, self.heads, true)?;
-        self.query_key_value
-            .backward(x, dqkv, Some((alpha, dy)), dropout[0], &linear[0], scratch, dx)
+        self.query_key_value.backward(
+            x,
+            fetched.map(|f| f[0]),
+            dqkv,
+            Some((alpha, dy)),
+            dropout[0],
+            &linear[0],
+            scratch,
+            dx,
+        )
     }
 }

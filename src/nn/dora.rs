@@ -89,7 +89,9 @@ impl Dora {
         let like = &magnitude.value;
         let zeros = || Tensor::zeros_on(like.device(), like.dtype(), like.shape());
         let mut squares = zeros()?;
-        ops::row_squares(weight, &mut squares)?;
+        if !squares.is_planned() {
+            ops::row_squares(weight, &mut squares)?;
+        }
         let gain = Gain {
             current: false,
             gain: zeros()?,
@@ -198,11 +200,13 @@ impl Linear {
     /// # Errors
     /// The device has no room.
     pub fn start_dora(&mut self) -> Result<()> {
-        let weight = self.weight.as_ref();
-        let (out, _) = weight.extents();
-        let Some(lora) = &mut self.lora else { return Ok(()) };
+        let Some(lora) = &self.lora else { return Ok(()) };
         let like = &lora.b.value;
         let (device, dtype) = (like.device(), like.dtype());
+        let there = self.weight.on(device)?;
+        let weight = there.as_ref().unwrap_or(&self.weight).as_ref();
+        let (out, _) = weight.extents();
+        let Some(lora) = &mut self.lora else { return Ok(()) };
         let ones = Tensor::from_slice(&vec![1f32; out], [out]).to_dtype(dtype);
         lora.dora = Some(Dora::new(weight, Param::frozen(ones.into_device(device)?))?);
         // In the type of sums throughout; where products with W have another one, the scratch rounds A to it.
@@ -214,11 +218,17 @@ impl Linear {
             },
         };
         let mut scratch = DoraScratch::new(compute, 0, std::iter::once(&*self))?;
-        let weight = self.weight.as_ref();
+        let weight = there.as_ref().unwrap_or(&self.weight).as_ref();
         let Some(lora) = &mut self.lora else { return Ok(()) };
-        lora.with_gain(weight, &mut scratch, |_, _| Ok(()))?;
+        let planned = lora.b.value.is_planned();
+        if !planned {
+            lora.with_gain(weight, &mut scratch, |_, _| Ok(()))?;
+        }
         let Some(dora) = &mut lora.dora else { return Ok(()) };
-        let norms = Dora::norms(&dora.gain().inverse.to_device(crate::tensor::Device::Cpu)?);
+        let norms = match planned {
+            true => vec![1.0; out],
+            false => Dora::norms(&dora.gain().inverse.to_device(crate::tensor::Device::Cpu)?),
+        };
         let magnitude = Tensor::from_slice(&norms, [out])
             .to_dtype(dtype)
             .into_device(device)?;

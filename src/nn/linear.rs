@@ -10,6 +10,10 @@ use crate::tensor::{Compute, Tensor};
 
 /// The matrix of a linear layer, `[out, in]`.
 #[derive(Debug, Clone)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a model has a hundred of them, all alike"
+)]
 pub enum Weight {
     /// Dense; frozen or training.
     Dense(Param),
@@ -21,11 +25,15 @@ impl Weight {
     /// As an operand.
     pub fn as_ref(&self) -> WeightRef<'_> {
         match self {
-            Weight::Dense(p) => WeightRef::Dense(&p.value),
+            Weight::Dense(p) => WeightRef::Dense(p.operand()),
             Weight::Quant(q) => WeightRef::Quant(q),
         }
     }
 }
+
+/// The matrices of a block's four linears, in the order of the forward pass, when they were copied to where the block computes;
+/// `None`: they are there.
+pub type Fetched<'a> = Option<[WeightRef<'a>; 4]>;
 
 /// LoRA (Hu et al. 2021): `scale * B A dropout(x)` added to the layer's output; or DoRA.
 #[derive(Debug)]
@@ -54,6 +62,15 @@ impl Lora {
     pub fn trains(&self) -> bool {
         let magnitude = self.dora.as_ref().is_some_and(|dora| dora.magnitude().trains());
         self.a.trains() || self.b.trains() || magnitude
+    }
+
+    /// The addition to `x Wᵀ`.
+    fn adapter<'a>(&'a self, u: &'a Tensor) -> Adapter<'a> {
+        Adapter {
+            scale: self.scale,
+            u,
+            matrix: &self.b.value,
+        }
     }
 
     /// The parameters with the last parts of their names, in PEFT's order.
@@ -152,44 +169,31 @@ impl Linear {
         weight || lora || self.bias.as_ref().is_some_and(Param::trains)
     }
 
-    /// `y [M, out]` from `x [M, in]`, plus `alpha * residual`; dropout is off without a stream.
+    /// `y [M, out]` from `x [M, in]`, plus `alpha * residual`; dropout is off without a stream. `fetched` is the matrix when it
+    /// was copied to where the layer computes.
     ///
     /// # Errors
     /// Shapes do not fit.
     pub fn forward(
         &self,
         x: &Tensor,
+        fetched: Option<WeightRef<'_>>,
         residual: Option<(f64, &Tensor)>,
         dropout: Option<Stream>,
         activations: &mut LinearActivations,
         scratch: &mut Scratch,
         y: &mut Tensor,
     ) -> Result<()> {
-        let (weight, bias) = (self.weight.as_ref(), self.bias.as_ref().map(|b| &b.value));
+        let weight = fetched.unwrap_or_else(|| self.weight.as_ref());
+        let bias = self.bias.as_ref().map(|b| &b.value);
         let Some(lora) = &self.lora else {
             return ops::linear(x, weight, bias, residual, y);
         };
-        let u = activations.u.as_mut().ok_or_else(no_room)?;
-        u.resize([x.extent(0), lora.rank()])?;
-        let seen = match dropout {
-            Some(stream) if lora.dropout > 0.0 => {
-                scratch.dropped.resize(x.shape())?;
-                ops::dropout(x, lora.dropout, stream, &mut scratch.dropped)?;
-                &scratch.dropped
-            }
-            _ => x,
+        self.recompute(x, fetched, dropout, activations, scratch)?;
+        let Some(z) = &activations.z else {
+            let u = activations.u.as_ref().ok_or_else(no_room)?;
+            return ops::linear_adapted(x, weight, bias, residual, lora.adapter(u), y);
         };
-        ops::matmul(1.0, (seen, false), (&lora.a.value, true), 0.0, u)?;
-        let adapter = Adapter {
-            scale: lora.scale,
-            u,
-            matrix: &lora.b.value,
-        };
-        let Some(z) = &mut activations.z else {
-            return ops::linear_adapted(x, weight, bias, residual, adapter, y);
-        };
-        z.resize(y.shape())?;
-        ops::linear_adapted(seen, weight, None, None, adapter, z)?;
         if let Some(stream) = dropout.filter(|_| lora.dropout > 0.0) {
             // x Wᵀ - x̃ Wᵀ is one product.
             ops::dropout_rest(x, lora.dropout, stream, &mut scratch.dropped)?;
@@ -205,6 +209,44 @@ impl Linear {
         Ok(())
     }
 
+    /// Makes u, and with DoRA z: what [`Linear::forward`] leaves for the backward pass beside x, without its y.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn recompute(
+        &self,
+        x: &Tensor,
+        fetched: Option<WeightRef<'_>>,
+        dropout: Option<Stream>,
+        activations: &mut LinearActivations,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Some(lora) = &self.lora else { return Ok(()) };
+        let u = activations.u.as_mut().ok_or_else(no_room)?;
+        u.resize([x.extent(0), lora.rank()])?;
+        let seen = match dropout {
+            Some(stream) if lora.dropout > 0.0 => {
+                scratch.dropped.resize(x.shape())?;
+                ops::dropout(x, lora.dropout, stream, &mut scratch.dropped)?;
+                &scratch.dropped
+            }
+            _ => x,
+        };
+        ops::matmul(1.0, (seen, false), (&lora.a.value, true), 0.0, u)?;
+        let Some(z) = &mut activations.z else {
+            return Ok(());
+        };
+        let weight = fetched.unwrap_or_else(|| self.weight.as_ref());
+        z.resize([x.extent(0), weight.extents().0])?;
+        ops::linear_adapted(seen, weight, None, None, lora.adapter(u), z)
+    }
+
+    /// Does the backward pass read x?
+    pub fn reads_input(&self) -> bool {
+        let weight = matches!(&self.weight, Weight::Dense(p) if p.trains());
+        weight || self.lora.is_some()
+    }
+
     /// From `dy [M, out]`: adds the parameters' gradients, and writes `dx = dy W + … + alpha * residual` if asked for.
     ///
     /// # Errors
@@ -212,6 +254,7 @@ impl Linear {
     pub fn backward(
         &mut self,
         x: &Tensor,
+        fetched: Option<WeightRef<'_>>,
         dy: &Tensor,
         residual: Option<(f64, &Tensor)>,
         dropout: Option<Stream>,
@@ -225,7 +268,7 @@ impl Linear {
         if let Some(Param { grad: Some(db), .. }) = &mut self.bias {
             ops::accumulate_column_sums(dy, db)?;
         }
-        let weight = self.weight.as_ref();
+        let weight = fetched.unwrap_or_else(|| self.weight.as_ref());
         let Some(lora) = &mut self.lora else {
             return match dx {
                 Some(dx) => ops::linear_backward_input(dy, weight, residual, dx),

@@ -2,7 +2,7 @@
 
 use super::{Linear, LinearActivations, Scratch};
 use crate::error::Result;
-use crate::ops;
+use crate::ops::{self, WeightRef};
 use crate::rng::Stream;
 use crate::tensor::{Compute, Tensor};
 
@@ -43,32 +43,68 @@ impl Mlp {
         })
     }
 
-    /// `y = mlp(x) + alpha * x`.
+    /// `y = mlp(x) + alpha * x`. `fetched` are the two matrices when they were copied to where the layer computes.
     ///
     /// # Errors
     /// Shapes do not fit.
     pub fn forward(
         &self,
         x: &Tensor,
+        fetched: Option<[WeightRef<'_>; 2]>,
         alpha: f64,
         dropout: [Option<Stream>; 2],
         activations: &mut MlpActivations,
         scratch: &mut Scratch,
         y: &mut Tensor,
     ) -> Result<()> {
+        self.expand(x, fetched.map(|f| f[0]), dropout[0], activations, scratch)?;
+        self.activate(activations)?;
+        let MlpActivations {
+            active,
+            linear: [_, down],
+            ..
+        } = activations;
+        self.dense_4h_to_h.forward(
+            active,
+            fetched.map(|f| f[1]),
+            Some((alpha, x)),
+            dropout[1],
+            down,
+            scratch,
+            y,
+        )
+    }
+
+    /// The first part of [`Mlp::forward`]: up to the GELU.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn expand(
+        &self,
+        x: &Tensor,
+        fetched: Option<WeightRef<'_>>,
+        dropout: Option<Stream>,
+        activations: &mut MlpActivations,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         let MlpActivations {
             inner,
-            active,
-            linear: [up, down],
+            linear: [up, _],
+            ..
         } = activations;
-        let (width, _) = self.dense_h_to_4h.extents();
-        inner.resize([x.extent(0), width])?;
-        active.resize([x.extent(0), width])?;
+        inner.resize([x.extent(0), self.dense_h_to_4h.extents().0])?;
         self.dense_h_to_4h
-            .forward(x, None, dropout[0], up, scratch, inner)?;
-        ops::gelu(inner, active)?;
-        self.dense_4h_to_h
-            .forward(active, Some((alpha, x)), dropout[1], down, scratch, y)
+            .forward(x, fetched, None, dropout, up, scratch, inner)
+    }
+
+    /// The second part: the GELU.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub fn activate(&self, activations: &mut MlpActivations) -> Result<()> {
+        let MlpActivations { inner, active, .. } = activations;
+        active.resize(inner.shape())?;
+        ops::gelu(inner, active)
     }
 
     /// From `dy`: adds the parameters' gradients and writes `dx = … + alpha * dy`. `d_inner [rows, inner]` is scratch.
@@ -78,6 +114,7 @@ impl Mlp {
     pub fn backward(
         &mut self,
         x: &Tensor,
+        fetched: Option<[WeightRef<'_>; 2]>,
         dy: &Tensor,
         alpha: f64,
         dropout: [Option<Stream>; 2],
@@ -91,11 +128,20 @@ impl Mlp {
             linear,
         } = activations;
         d_inner.resize(inner.shape())?;
-        self.dense_4h_to_h
-            .backward(active, dy, None, dropout[1], &linear[1], scratch, Some(d_inner))?;
+        self.dense_4h_to_h.backward(
+            active,
+            fetched.map(|f| f[1]),
+            dy,
+            None,
+            dropout[1],
+            &linear[1],
+            scratch,
+            Some(d_inner),
+        )?;
         ops::gelu_backward(inner, d_inner)?;
         self.dense_h_to_4h.backward(
             x,
+            fetched.map(|f| f[0]),
             d_inner,
             Some((alpha, dy)),
             dropout[0],

@@ -55,7 +55,7 @@ impl LayerNorm {
         ops::layer_norm(x, &self.weight.value, &self.bias.value, self.eps, y, stats)
     }
 
-    /// From `dy`: adds the parameters' gradients and writes `dx` if asked for.
+    /// From `dy` and the rows' statistics: adds the parameters' gradients and writes `dx` if asked for.
     ///
     /// # Errors
     /// Shapes do not fit.
@@ -63,14 +63,14 @@ impl LayerNorm {
         &mut self,
         x: &Tensor,
         dy: &Tensor,
-        activations: &NormActivations,
+        stats: &Tensor,
         dx: Option<&mut Tensor>,
     ) -> Result<()> {
         if let (Some(dw), Some(db)) = (&mut self.weight.grad, &mut self.bias.grad) {
-            ops::layer_norm_backward_parameters(dy, x, &activations.stats, dw, db)?;
+            ops::layer_norm_backward_parameters(dy, x, stats, dw, db)?;
         }
         match dx {
-            Some(dx) => ops::layer_norm_backward_input(dy, x, &self.weight.value, &activations.stats, dx),
+            Some(dx) => ops::layer_norm_backward_input(dy, x, &self.weight.value, stats, dx),
             None => Ok(()),
         }
     }

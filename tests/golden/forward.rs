@@ -4,7 +4,7 @@ use std::path::Path;
 
 use glmtune::checkpoint::Checkpoint;
 use glmtune::data::batch::{Batch, Span};
-use glmtune::model::{LoadOptions, Model, Workspace, glm, tune};
+use glmtune::model::{LayerPass, LoadOptions, Model, ModelConfig, Workspace, glm, tune};
 use glmtune::ops;
 use glmtune::tensor::{Compute, DType, Tensor};
 
@@ -99,55 +99,59 @@ impl Case<'_> {
         assert_close(&format!("{}: {what}", self.name), got, want, atol, rtol);
     }
 
-    fn check_activations(&self, model: &Model, ws: &Workspace, size: usize) {
+    fn check_activations(&self, model: &Model, ws: &mut Workspace, batch: &Batch) {
         let config = model.config();
-        for layer in 0..=config.num_layers {
-            let Some(want) = self.tensors.get(&format!("hidden_states.{layer}")) else {
+        let see = &mut |pass: LayerPass<'_>| {
+            self.check_layer(config, pass, batch);
+            Ok(())
+        };
+        model.forward_seen(ws, batch, None, see).unwrap();
+        self.check_hidden(config.num_layers, ws.final_hidden(), batch.size);
+    }
+
+    fn check_hidden(&self, layer: usize, got: &Tensor, size: usize) {
+        if let Some(want) = self.tensors.get(&format!("hidden_states.{layer}")) {
+            let (got, want) = (values(got), batch_first(want, size));
+            self.check("hidden_states", &format!("hidden state {layer}"), &got, &want);
+        }
+    }
+
+    fn check_layer(&self, config: &ModelConfig, pass: LayerPass<'_>, batch: &Batch) {
+        let LayerPass {
+            layer,
+            x,
+            activations: block,
+            out,
+        } = pass;
+        self.check_hidden(layer, x, batch.size);
+        let mut qkv = host(&block.attention.qkv);
+        let positions = Tensor::from_slice(&batch.positions, [qkv.extent(0), 2]);
+        let tables = glm::rope_tables(
+            Compute::cpu(DType::F32),
+            config.head_dim(),
+            config.max_sequence_length,
+        )
+        .unwrap();
+        ops::rope(&mut qkv, &positions, &tables, config.num_attention_heads, true).unwrap();
+        let (a, b) = (&block.input_layernorm.y, &block.post_attention_layernorm.y);
+        let parts = [
+            ("input_layernorm", values(a)),
+            ("query_key_value", qkv.to_f64_vec()),
+            ("attention_context", values(&block.attention.context)),
+            ("attention_dense", minus_scaled(&block.y, glm::ALPHA, a)),
+            ("post_attention_layernorm", values(b)),
+            ("dense_h_to_4h", values(&block.mlp.inner)),
+            ("mlp_out", minus_scaled(out, glm::ALPHA, b)),
+            ("block_out", values(out)),
+        ];
+        for (part, got) in parts {
+            let name = format!("act.layers.{layer}.{part}");
+            let Some(want) = self.tensors.get(&name) else {
                 continue;
             };
-            let got = if layer == config.num_layers {
-                ws.final_hidden()
-            } else {
-                ws.hidden(layer)
-            };
-            self.check(
-                "hidden_states",
-                &format!("hidden state {layer}"),
-                &values(got),
-                &batch_first(want, size),
-            );
+            self.check("act", &name, &got, &batch_first(want, batch.size));
         }
-        for layer in 0..config.num_layers {
-            let block = ws.block(layer);
-            let mut qkv = host(&block.attention.qkv);
-            let positions = Tensor::from_slice(&batch(self.tensors).positions, [qkv.extent(0), 2]);
-            let tables = glm::rope_tables(
-                Compute::cpu(DType::F32),
-                config.head_dim(),
-                config.max_sequence_length,
-            )
-            .unwrap();
-            ops::rope(&mut qkv, &positions, &tables, config.num_attention_heads, true).unwrap();
-            let (a, b) = (&block.input_layernorm.y, &block.post_attention_layernorm.y);
-            let parts = [
-                ("input_layernorm", values(a)),
-                ("query_key_value", qkv.to_f64_vec()),
-                ("attention_context", values(&block.attention.context)),
-                ("attention_dense", minus_scaled(&block.y, glm::ALPHA, a)),
-                ("post_attention_layernorm", values(b)),
-                ("dense_h_to_4h", values(&block.mlp.inner)),
-                ("mlp_out", minus_scaled(ws.hidden(layer + 1), glm::ALPHA, b)),
-                ("block_out", values(ws.hidden(layer + 1))),
-            ];
-            for (part, got) in parts {
-                let name = format!("act.layers.{layer}.{part}");
-                let Some(want) = self.tensors.get(&name) else {
-                    continue;
-                };
-                self.check("act", &name, &got, &batch_first(want, size));
-            }
-            self.check_present(layer, config.head_dim(), &block.attention.qkv, size);
-        }
+        self.check_present(layer, config.head_dim(), &block.attention.qkv, batch.size);
     }
 
     /// Rotated keys and values, as the official cache holds them: `[S, B, heads, d]`.
@@ -215,8 +219,8 @@ fn check_file(path: &Path, compute: Compute) -> bool {
 
     let batch = batch(&tensors);
     let mut ws = model.workspace(batch.size, batch.len).unwrap();
+    case.check_activations(&model, &mut ws, &batch);
     let loss = model.loss(&mut ws, &batch).unwrap();
-    case.check_activations(&model, &ws, batch.size);
     case.check("loss", "loss", &[loss.mean()], &tensors["loss"].to_f64_vec());
 
     let vocabulary = model.config().vocab_size;

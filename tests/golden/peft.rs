@@ -98,7 +98,15 @@ fn base(dir: &Path, case: &Value, compute: Compute) -> Model {
             double_quant: true,
         },
     };
-    Model::load(&Checkpoint::open(dir).unwrap(), &LoadOptions { compute, weights }).unwrap()
+    Model::load(
+        &Checkpoint::open(dir).unwrap(),
+        &LoadOptions {
+            compute,
+            weights,
+            ..LoadOptions::default()
+        },
+    )
+    .unwrap()
 }
 
 /// PEFT's names in a state dictionary are ours but for the parameter inside the module of magnitudes, and modules that train

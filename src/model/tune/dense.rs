@@ -1,16 +1,18 @@
 //! Training the base's own weights: all of them, or some layers. What trains is held in the type of sums, on every device:
-//! products round it as they read it, and there is no second copy.
+//! products round it as they read it, and there is no second copy unless [`super::Storage`] parts the two.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
+use super::storage::{MasterPlace, Trainable, set_value};
 use crate::checkpoint::{Checkpoint, read_tensors, write_safetensors};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::{Param, Weight};
-use crate::tensor::{DType, Device, Tensor, check_memory};
+use crate::tensor::{Device, Tensor, check_memory};
 
 /// What of a layer trains, after the names that LLaMA-Factory takes: a tensor does when its name contains that of the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,23 +60,8 @@ impl FromStr for FreezeModules {
 /// The file of a checkpoint with what trains.
 const TRAINED: &str = "trained.safetensors";
 
-/// Makes a parameter trainable in `dtype`, with a copy of its value: the frozen one may lie in a mapped file, or be shared.
-fn train(param: &mut Param, dtype: DType) -> Result<()> {
-    let device = param.value.device();
-    let value = match (param.value.dtype() == dtype, device) {
-        (true, _) => param.value.to_device(device)?,
-        (false, Device::Cpu) => param.value.to_dtype(dtype),
-        (false, Device::Cuda(_)) => param
-            .value
-            .to_device(Device::Cpu)?
-            .to_dtype(dtype)
-            .into_device(device)?,
-    };
-    *param = Param::trainable(value)?;
-    Ok(())
-}
-
-/// Refuses `what` if it is too large to train: value, gradient and the two moments of the optimizer for each element.
+/// Refuses `what` if it is too large to train in the host's memory: value, gradient and the two moments of the optimizer for each
+/// element, but for what is lent or on disk.
 fn check_room(model: &Model, what: &str, trains: &dyn Fn(&str) -> bool) -> Result<()> {
     let mut elements = 0;
     model.for_each_param(&mut |name, param| {
@@ -85,7 +72,13 @@ fn check_room(model: &Model, what: &str, trains: &dyn Fn(&str) -> bool) -> Resul
     if model.device() != Device::Cpu {
         return Ok(());
     }
-    let bytes = 4 * model.dtype().accumulator().size() as u128 * elements as u128;
+    // Whoever has masters on disk has moments there.
+    let stored = match model.storage.masters {
+        MasterPlace::Disk(_) => 0,
+        MasterPlace::Device | MasterPlace::Host => 3,
+    };
+    let numbers = stored + u128::from(!model.storage.lent_gradients);
+    let bytes = numbers * model.dtype().accumulator().size() as u128 * elements as u128;
     check_memory(
         what,
         bytes,
@@ -114,18 +107,30 @@ fn refuse_quantized(model: &Model, what: &str, trains: &dyn Fn(&str) -> bool) ->
 fn train_those(model: &mut Model, what: &str, trains: &dyn Fn(&str) -> bool) -> Result<()> {
     refuse_quantized(model, what, trains)?;
     check_room(model, what, trains)?;
-    let dtype = model.dtype().accumulator();
+    let mut trainable = Trainable::new(model)?;
     model.for_each_param_mut(&mut |name, param| match trains(name) {
-        true => train(param, dtype),
+        true => trainable.make(param),
         false => Ok(()),
-    })
+    })?;
+    // The matrices of a block are streamed all or none.
+    for block in &mut model.blocks {
+        if block.linears().iter().any(|(_, linear)| !linear.weight.waits()) {
+            for (_, linear) in block.linears_mut() {
+                if let Some(there) = linear.weight.on(linear.weight.beside())? {
+                    linear.weight = there;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Makes every parameter trainable.
 ///
 /// # Errors
-/// Weights in 4 bits do not train; there is not enough memory.
+/// Weights in 4 bits and heads in another storage than compute do not train; there is not enough memory.
 pub(super) fn apply_full(model: &mut Model) -> Result<()> {
+    model.check_head_trains("method full")?;
     train_those(model, "method full", &|_| true)
 }
 
@@ -165,7 +170,6 @@ pub(super) fn apply_freeze(model: &mut Model, layers: i64, modules: FreezeModule
 /// # Errors
 /// The checkpoint is not the one that the model was loaded from.
 pub fn widen(model: &mut Model, checkpoint: &Checkpoint) -> Result<()> {
-    let dtype = model.dtype().accumulator();
     model.for_each_param_mut(&mut |name, param| {
         if param.trains() && checkpoint.contains(name) {
             let tensor = checkpoint.tensor(name)?;
@@ -175,7 +179,7 @@ pub fn widen(model: &mut Model, checkpoint: &Checkpoint) -> Result<()> {
                 let remedy = "give the checkpoint that the model was loaded from";
                 return Err(Error::input(checkpoint.place(name), found, expected, remedy));
             }
-            param.value = tensor.to_device_as(param.value.device(), dtype)?;
+            set_value(param, &tensor)?;
         }
         Ok(())
     })
@@ -189,7 +193,12 @@ pub(super) fn save(model: &Model, dir: &Path) -> Result<()> {
     let mut tensors = Vec::new();
     model.try_for_each_param(&mut |name, param| {
         if param.trains() {
-            tensors.push((name.to_string(), param.value.to_device(Device::Cpu)?));
+            // Masters on the host are written from where they lie.
+            let value = match param.value.device() {
+                Device::Cpu => Cow::Borrowed(&param.value),
+                Device::Cuda(_) => Cow::Owned(param.value.to_device(Device::Cpu)?),
+            };
+            tensors.push((name.to_string(), value));
         }
         Ok(())
     })?;
@@ -203,7 +212,7 @@ pub(super) fn save(model: &Model, dir: &Path) -> Result<()> {
         ));
     }
     std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
-    let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+    let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), &**t)).collect();
     write_safetensors(&dir.join(TRAINED), &borrowed, &BTreeMap::new())
 }
 
@@ -232,8 +241,7 @@ pub(super) fn restore(model: &mut Model, dir: &Path) -> Result<()> {
             let found = format!("{} {}", tensor.dtype(), tensor.shape());
             return Err(Error::input(place(name), found, expected, remedy));
         }
-        param.value = tensor.to_device(param.value.device())?;
-        Ok(())
+        set_value(param, &tensor)
     })?;
     match tensors.keys().next() {
         None => Ok(()),
@@ -248,14 +256,16 @@ pub(super) fn restore(model: &mut Model, dir: &Path) -> Result<()> {
 /// whose head is separate already stays as it is.
 ///
 /// # Errors
-/// The device has no room.
+/// The device has no room, or the head is held in a form that cannot train.
 pub fn untie_head(model: &mut Model) -> Result<()> {
+    model.check_head_trains("a head of its own")?;
     if model.lm_head.is_none() {
-        let value = model.embedding.value.to_device(model.device())?;
-        model.lm_head = Some(match model.embedding.trains() {
-            true => Param::trainable(value)?,
-            false => Param::frozen(value),
-        });
+        let mut head = Param::frozen(model.embedding.operand().to_device(model.device())?);
+        if model.embedding.trains() {
+            Trainable::new(model)?.make(&mut head)?;
+            set_value(&mut head, &model.embedding.value.to_device(Device::Cpu)?)?;
+        }
+        model.lm_head = Some(head);
     }
     Ok(())
 }

@@ -6,17 +6,20 @@
 mod dense;
 mod lora;
 mod prefix;
+mod storage;
 
 use std::path::Path;
 
 pub use dense::{FreezeModules, untie_head, widen};
 pub use lora::{LoraConfig, LoraInit, LoraTarget, Merged, SavedModule, adapter_tensors, save_adapter};
 pub use prefix::PrefixConfig;
+pub use storage::{MasterPlace, Storage};
 
 use super::Model;
 use super::save::SHARD_BYTES;
 use crate::checkpoint::{AdapterConfig, read_adapter};
 use crate::error::{Error, Result};
+use crate::tensor::ledger::account;
 
 /// A tuning method. QLoRA is [`Tuning::Lora`] on 4-bit weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,12 +53,12 @@ pub enum Loaded {
 /// # Errors
 /// The method does not fit the model (4-bit weights do not train), or an option is out of its range.
 pub fn apply(model: &mut Model, tuning: &Tuning, seed: u64) -> Result<()> {
-    match tuning {
+    account("what trains", || match tuning {
         Tuning::Lora(config) => lora::apply(model, config, seed),
         Tuning::PTuning(config) => prefix::apply(model, config, seed),
         Tuning::Freeze { layers, modules } => dense::apply_freeze(model, *layers, *modules),
         Tuning::Full => dense::apply_full(model),
-    }
+    })
 }
 
 /// Puts what a folder holds into the model, to train on or only to use: a LoRA adapter (`adapter_config.json`) or a prefix
@@ -99,14 +102,14 @@ pub fn save(model: &Model, tuning: &Tuning, base: &Path, dir: &Path) -> Result<(
 /// # Errors
 /// The folder was not written by [`save`] with this `tuning` for this base.
 pub fn restore(model: &mut Model, tuning: &Tuning, dir: &Path) -> Result<()> {
-    match tuning {
+    account("what trains", || match tuning {
         Tuning::Lora(config) => lora::restore(model, config, dir),
         Tuning::PTuning(config) => prefix::restore(model, config, dir),
         Tuning::Freeze { .. } | Tuning::Full => {
             apply(model, tuning, 0)?;
             dense::restore(model, dir)
         }
-    }
+    })
 }
 
 /// Adds the adapter of a PEFT folder to the base's own weights, before anything is tuned; several may follow each other.

@@ -128,6 +128,7 @@ pub(super) fn apply(model: &mut Model, config: &PrefixConfig, seed: u64) -> Resu
         let bound = 1.0 / (hidden as f32).sqrt();
         let mut values = Tensor::zeros(DType::F32, shape);
         match name {
+            _ if values.is_planned() => {}
             "embedding.weight" => stream.generate(values.as_mut_slice(), |s, i| s.normal(i)),
             _ => stream.generate(values.as_mut_slice(), |s, i| (2.0 * s.uniform(i) - 1.0) * bound),
         }

@@ -201,8 +201,11 @@ fn put(
             } else {
                 (a, b, None)
             };
-            let dora =
-                magnitude.map(|m| Dora::new(linear.weight.as_ref(), placed(&m, dtype, device, trainable)?));
+            let dora = magnitude.map(|m| -> Result<_> {
+                let there = linear.weight.on(device)?;
+                let weight = there.as_ref().unwrap_or(&linear.weight).as_ref();
+                Dora::new(weight, placed(&m, dtype, device, trainable)?)
+            });
             linear.lora = Some(Lora {
                 a: placed(&a, dtype, device, trainable)?,
                 b: placed(&b, dtype, device, trainable)?,

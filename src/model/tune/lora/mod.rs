@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::{Lora, Param};
 use crate::rng::Stream;
+use crate::tensor::ledger::planning;
 use crate::tensor::{DType, Device, Tensor, check_memory};
 
 /// A linear of each block that can carry an adapter, by PEFT's module name.
@@ -227,6 +228,17 @@ pub(super) fn apply(model: &mut Model, config: &LoraConfig, seed: u64) -> Result
             let (out, input) = linear.extents();
             let stream = Stream::new(seed, number);
             let (a, b, found) = match config.init {
+                // A plan asks for sizes only.
+                LoraInit::Kaiming if planning() => {
+                    let zeros = |extents: [usize; 2]| Tensor::zeros(DType::F32, extents);
+                    (zeros([*r, input]), zeros([out, *r]), None)
+                }
+                LoraInit::Pissa { .. } if planning() => {
+                    let zeros = |extents: [usize; 2]| Tensor::zeros(DType::F32, extents);
+                    weight::replace(&mut linear.weight, &zeros([out, input]), module)?;
+                    let found = (zeros([*r, input]), zeros([out, *r]));
+                    (found.0.clone(), found.1.clone(), Some(found))
+                }
                 LoraInit::Kaiming => {
                     let bound = 1.0 / (input as f32).sqrt();
                     let a: Vec<f32> = (0..(r * input) as u64)

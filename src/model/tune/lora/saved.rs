@@ -76,7 +76,11 @@ pub(super) fn for_each(
     f: &mut dyn FnMut(&str, &mut Param) -> Result<()>,
 ) -> Result<()> {
     let parted = [SavedModule::WordEmbeddings, SavedModule::LmHead];
-    if model.lm_head.is_none() && parted.iter().any(|m| modules.contains(m)) {
+    if modules.contains(&SavedModule::LmHead) {
+        model.check_head_trains("modules_to_save")?;
+    }
+    // A head that is held in another form has a matrix of its own already.
+    if model.lm_head.is_none() && model.stored_head.is_none() && parted.iter().any(|m| modules.contains(m)) {
         // A clone of a frozen tensor shares its memory.
         model.lm_head = Some(Param::frozen(model.embedding.value.clone()));
     }

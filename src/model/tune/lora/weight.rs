@@ -11,7 +11,8 @@ use crate::tensor::{DType, Device, Tensor};
 /// # Errors
 /// It cannot be copied from the device.
 pub(super) fn decoded(weight: &Weight) -> Result<Tensor> {
-    match weight {
+    let there = weight.on(weight.beside())?;
+    match there.as_ref().unwrap_or(weight) {
         Weight::Dense(param) => Ok(param.value.to_device(Device::Cpu)?.to_dtype(DType::F32)),
         Weight::Quant(weight) => Ok(ops::place_quantized((**weight).clone(), Device::Cpu)?.dequantize()),
     }
@@ -25,19 +26,21 @@ pub(super) fn add_product(w: &mut Tensor, scale: f64, b: &Tensor, a: &Tensor) ->
     ops::matmul(scale, (b, false), (a, false), 1.0, w)
 }
 
-/// Puts `new` (F32, on the host) in the place of `weight`, in the form that this has: its type, or its kind of 4 bits,
-/// quantised from the type that it was once quantised from. `place` is what an error names.
+/// Puts `new` (F32, on the host) in the place of `weight`, where that lies and in the form that it has: its type, or its kind of 4
+/// bits, quantised from the type that it was once quantised from. `place` is what an error names.
 ///
 /// # Errors
 /// A number is not finite, or the device has no room.
 pub(super) fn replace(weight: &mut Weight, new: &Tensor, place: &str) -> Result<()> {
-    *weight = match weight {
+    let waits = weight.waits();
+    let new = match weight {
         Weight::Dense(Param { value, .. }) => {
-            let device = value.device();
             let new = new.to_dtype(value.dtype());
             // Largest numbers of F32 have no place in F16.
-            crate::checkpoint::refuse_non_finite(place, &new)?;
-            Weight::Dense(Param::frozen(new.into_device(device)?))
+            if !new.is_planned() {
+                crate::checkpoint::refuse_non_finite(place, &new)?;
+            }
+            Weight::Dense(Param::frozen(new.into_device(value.beside())?))
         }
         Weight::Quant(old) => {
             let source = match old.source_dtype.is_float() {
@@ -45,10 +48,11 @@ pub(super) fn replace(weight: &mut Weight, new: &Tensor, place: &str) -> Result<
                 false => new.clone(),
             };
             let double_quant = matches!(old.absmax, Absmax::Nested { .. });
-            let device = old.codes.device();
+            let device = old.codes.beside();
             let new = ops::quantize(place, &source, old.quant_type, double_quant, device)?;
             Weight::Quant(Box::new(new))
         }
     };
+    *weight = if waits { new.into_host()? } else { new };
     Ok(())
 }
