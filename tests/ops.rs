@@ -11,9 +11,9 @@ use common::assert_close;
 use glmtune::data::batch::Span;
 use glmtune::model::glm::rope_tables;
 use glmtune::ops::{self, Adapter, Prefix, PrefixGradients, WeightRef};
-use glmtune::quant::{QuantTensor, QuantType};
+use glmtune::quant::{QuantTensor, QuantType, RowInt8};
 use glmtune::rng::Stream;
-use glmtune::tensor::{Compute, DType, Shape, Tensor};
+use glmtune::tensor::{Compute, DType, Device, Shape, Tensor};
 
 const GUARDS: usize = 16;
 
@@ -150,12 +150,16 @@ fn stored(n: usize, k: usize) -> Vec<(&'static str, Stored, Vec<f64>)> {
         let values = q.dequantize().to_f64_vec();
         out.push((name, Stored::Quant(Box::new(q)), values));
     }
+    let q = RowInt8::quantize("w", &w).unwrap();
+    let values = q.dequantize().to_f64_vec();
+    out.push(("int8", Stored::Int8(q), values));
     out
 }
 
 enum Stored {
     Dense(Tensor),
     Quant(Box<QuantTensor>),
+    Int8(RowInt8),
 }
 
 impl Stored {
@@ -163,6 +167,7 @@ impl Stored {
         match self {
             Stored::Dense(w) => WeightRef::Dense(w),
             Stored::Quant(q) => WeightRef::Quant(q),
+            Stored::Int8(q) => WeightRef::Int8(q),
         }
     }
 }
@@ -827,11 +832,12 @@ fn head_loss() {
         }
         let run = |d| {
             let (x, w) = inputs(d);
-            let (mut logits, mut statistics) = (output(d, [capacity]), output(d, [rows, ops::STATISTICS]));
-            let loss =
-                ops::head_loss(&x, WeightRef::Dense(&w), &targets, &mut logits, &mut statistics).unwrap();
+            let mut scratch = ops::HeadScratch::of_logits(output(d, [capacity]));
+            let mut statistics = output(d, [rows, ops::STATISTICS]);
+            let head = WeightRef::Dense(&w);
+            let loss = ops::head_loss(&x, head, &targets, &mut scratch, &mut statistics).unwrap();
             check_guards("head_loss", &statistics);
-            (loss, logits, statistics)
+            (loss, scratch, statistics)
         };
         check("head_loss", k, Some(&[loss]), |d| {
             Tensor::from_slice(&[run(d).0], [1])
@@ -847,9 +853,9 @@ fn head_loss() {
         for (part, naive) in [dx, dw].iter().enumerate() {
             check("head_loss_backward", v, Some(naive), |d| {
                 let (x, w) = inputs(d);
-                let (_, mut logits, statistics) = run(d);
+                let (_, mut scratch, statistics) = run(d);
                 let (mut dx, mut dw) = (output(d, [rows, k]), Tensor::zeros(d, [v, k]));
-                let buffers = (&mut logits, &statistics);
+                let buffers = (&mut scratch, &statistics);
                 let head = WeightRef::Dense(&w);
                 ops::head_loss_backward(&x, head, &targets, 0.5, buffers, &mut dx, Some(&mut dw)).unwrap();
                 if part == 0 { dx } else { dw }
@@ -885,12 +891,9 @@ fn adamw_and_sum_of_squares() {
         let [p, g, m, v] = parameter(n);
         let (mut p1, mut m1, mut v1) = (p.clone(), m.clone(), v.clone());
         let slot = ops::AdamwSlot {
-            p: &mut p1,
-            g: &g,
             m: &mut m1,
             v: &mut v1,
-            decay: 0.99,
-            step_size: 0.01,
+            spans: vec![ops::Span::whole(&mut p1, &g, 0.01, 0.99)],
         };
         ops::adamw(&mut [slot], &ADAMW).unwrap();
         let [p, g, m, v] = [p, g, m, v].map(|t| t.to_f64_vec());
@@ -932,14 +935,11 @@ fn adamw_8bit() {
             let [m, v] = &mut codes;
             let [m_absmax, v_absmax] = &mut absmax;
             let slot = ops::Adamw8bitSlot {
-                p: &mut p,
-                g: &g,
                 m,
                 v,
                 m_absmax,
                 v_absmax,
-                decay: 0.99,
-                step_size: 0.01,
+                spans: vec![ops::Span::whole(&mut p, &g, 0.01, 0.99)],
             };
             ops::adamw_8bit(&mut [slot], &ADAMW).unwrap();
             let [mut m, mut v] = before;
@@ -975,11 +975,8 @@ fn sgd() {
             let [p, g, m, _] = parameter(n);
             let (mut p1, mut m1) = (p.clone(), m.clone());
             let slot = ops::SgdSlot {
-                p: &mut p1,
-                g: &g,
                 m: momentum.map(|_| &mut m1),
-                rate: 0.25,
-                weight_decay: 0.125,
+                spans: vec![ops::Span::whole(&mut p1, &g, 0.25, 0.125)],
             };
             let factors = ops::Sgd {
                 clip: 0.5,
@@ -1005,11 +1002,8 @@ fn lion() {
         let [p, g, m, _] = parameter(n);
         let (mut p1, mut m1) = (p.clone(), m.clone());
         let slot = ops::LionSlot {
-            p: &mut p1,
-            g: &g,
             m: &mut m1,
-            rate: 0.25,
-            decay: 0.99,
+            spans: vec![ops::Span::whole(&mut p1, &g, 0.25, 0.99)],
         };
         let factors = ops::Lion {
             clip: 0.5,
@@ -1038,11 +1032,8 @@ fn lion() {
     let [mut p, mut g, mut m, _] = parameter(1);
     g.write(&[f32::NAN]).unwrap();
     let slot = ops::LionSlot {
-        p: &mut p,
-        g: &g,
         m: &mut m,
-        rate: 0.25,
-        decay: 1.0,
+        spans: vec![ops::Span::whole(&mut p, &g, 0.25, 1.0)],
     };
     let factors = ops::Lion {
         clip: 1.0,
@@ -1085,17 +1076,185 @@ fn many_parameters_at_once_are_as_one_after_the_other() {
     assert!(ops::adamw(&mut [], &ADAMW).is_ok() && ops::zero_all(&mut []).is_ok());
 }
 
+/// A span and what is not of it: `len` elements from `p_at`, `g_at` and `state_at` of tensors that are longer.
+#[test]
+fn spans_update_their_ranges_and_nothing_else() {
+    const BLOCK: usize = ops::BLOCK_8BIT;
+    // Where they begin in the parameter, the gradient and the state, and how long they are.
+    let ranges = [(0, 512, 256, 300), (777, 0, 768, 1), (300, 300, 1024, 450)];
+    let state_len = 1500;
+    let whole = |n: usize, seed| random(seed, [n], DType::F32);
+    let mut parts = ranges.map(|(_, _, _, len)| parameter(len));
+    for (i, part) in parts.iter_mut().enumerate() {
+        // Not the same numbers in each.
+        part[0] = whole(part[0].elements(), 50 + i as u64);
+    }
+    // Long tensors with the ranges in them, and what they are when the ranges have been updated apart.
+    let embed = |long: &Tensor, at: usize, part: &Tensor| {
+        let mut long = long.clone();
+        let size = long.dtype().size();
+        long.bytes_mut()[at * size..][..part.byte_len()].copy_from_slice(part.bytes());
+        long
+    };
+    let factors = ops::Sgd {
+        clip: 0.5,
+        momentum: 0.9,
+    };
+    let lion = ops::Lion {
+        clip: 0.5,
+        beta1: 0.9,
+        one_minus_beta1: 0.1,
+        beta2: 0.99,
+        one_minus_beta2: 0.01,
+    };
+    for rule in ["adamw", "adamw_8bit", "sgd", "lion"] {
+        let codes = rule == "adamw_8bit";
+        let mut state = [40, 41].map(|seed| match codes {
+            true => random_codes(seed, state_len),
+            false => whole(state_len, seed),
+        });
+        state[1]
+            .bytes_mut()
+            .iter_mut()
+            .skip(3)
+            .step_by(4)
+            .for_each(|b| *b &= 0x7f);
+        let mut absmax = [42, 43].map(|seed| whole(state_len.div_ceil(BLOCK), seed));
+        absmax
+            .iter_mut()
+            .for_each(|t| t.as_mut_slice::<f32>().iter_mut().for_each(|x| *x = x.abs()));
+        let mut p = ranges.map(|(p_at, ..)| whole(1400, p_at as u64));
+        let mut g = ranges.map(|(_, g_at, ..)| whole(1400, 7 + g_at as u64));
+        let (mut want_p, mut want_state, mut want_absmax) = (p.clone(), state.clone(), absmax.clone());
+        for (i, (p_at, g_at, state_at, len)) in ranges.into_iter().enumerate() {
+            let [value, gradient, ..] = &parts[i];
+            p[i] = embed(&p[i], p_at, value);
+            g[i] = embed(&g[i], g_at, gradient);
+            let cut = |t: &Tensor, at: usize, len: usize| {
+                let size = t.dtype().size();
+                let mut out = Tensor::zeros(t.dtype(), [len]);
+                out.bytes_mut()
+                    .copy_from_slice(&t.bytes()[at * size..][..len * size]);
+                out
+            };
+            let (mut value, blocks) = (value.clone(), len.div_ceil(BLOCK));
+            let [mut m, mut v] = [&state[0], &state[1]].map(|t| cut(t, state_at, len));
+            let [mut ma, mut va] = [&absmax[0], &absmax[1]].map(|t| cut(t, state_at / BLOCK, blocks));
+            update(
+                rule,
+                (&mut m, &mut v),
+                (&mut ma, &mut va),
+                &factors,
+                &lion,
+                || vec![ops::Span::whole(&mut value, gradient, 0.01, 0.9)],
+            );
+            want_p[i] = embed(&p[i], p_at, &value);
+            want_state = [
+                embed(&want_state[0], state_at, &m),
+                embed(&want_state[1], state_at, &v),
+            ];
+            let at = state_at / BLOCK;
+            want_absmax = [embed(&want_absmax[0], at, &ma), embed(&want_absmax[1], at, &va)];
+        }
+        let ([m, v], [ma, va]) = (&mut state, &mut absmax);
+        update(rule, (m, v), (ma, va), &factors, &lion, || {
+            let spans = p.iter_mut().zip(&g).zip(ranges);
+            spans
+                .map(|((p, g), (p_at, g_at, state_at, len))| ops::Span {
+                    p,
+                    g,
+                    p_at,
+                    g_at,
+                    state_at,
+                    len,
+                    rate: 0.01,
+                    decay: 0.9,
+                })
+                .collect()
+        });
+        let got = p.iter().chain(&state).chain(&absmax);
+        let want = want_p.iter().chain(&want_state).chain(&want_absmax);
+        for (i, (got, want)) in got.zip(want).enumerate() {
+            assert!(got.bytes() == want.bytes(), "{rule}: tensor {i}");
+        }
+    }
+    // A span past an end is refused.
+    let [mut p, g, mut m, mut v] = parameter(10);
+    for (p_at, g_at, state_at, len) in [(1, 0, 0, 10), (0, 1, 0, 10), (0, 0, 1, 10), (0, 0, 0, usize::MAX)] {
+        let span = ops::Span {
+            p_at,
+            g_at,
+            state_at,
+            len,
+            ..ops::Span::whole(&mut p, &g, 0.1, 1.0)
+        };
+        let (m, v, spans) = (&mut m, &mut v, vec![span]);
+        assert!(ops::adamw(&mut [ops::AdamwSlot { m, v, spans }], &ADAMW).is_err());
+    }
+}
+
+fn random_codes(seed: u64, n: usize) -> Tensor {
+    let stream = Stream::new(seed, 0);
+    let codes: Vec<u8> = (0..n as u64).map(|i| stream.below(i, 256) as u8).collect();
+    Tensor::from_slice(&codes, [n])
+}
+
+/// One update by name.
+fn update<'a>(
+    rule: &str,
+    (m, v): (&mut Tensor, &mut Tensor),
+    (m_absmax, v_absmax): (&mut Tensor, &mut Tensor),
+    sgd: &ops::Sgd,
+    lion: &ops::Lion,
+    spans: impl FnOnce() -> Vec<ops::Span<'a>>,
+) {
+    let spans = spans();
+    match rule {
+        "adamw" => ops::adamw(&mut [ops::AdamwSlot { m, v, spans }], &ADAMW),
+        "adamw_8bit" => {
+            let slot = ops::Adamw8bitSlot {
+                m,
+                v,
+                m_absmax,
+                v_absmax,
+                spans,
+            };
+            ops::adamw_8bit(&mut [slot], &ADAMW)
+        }
+        "sgd" => ops::sgd(&mut [ops::SgdSlot { m: Some(m), spans }], sgd),
+        _ => ops::lion(&mut [ops::LionSlot { m, spans }], lion),
+    }
+    .unwrap();
+}
+
+#[test]
+fn round_into() {
+    let from = random(5, [70_000], DType::F32);
+    for dtype in [DType::F16, DType::BF16] {
+        for (range, at) in [(0..70_000, 0), (3..69_999, 1), (5..5, 70_000), (100..101, 69_999)] {
+            let mut to = random(6, [70_000], DType::F32).to_dtype(dtype);
+            let mut want = to.to_f64_vec();
+            let rounded = from.to_dtype(dtype).to_f64_vec();
+            want[at..at + range.len()].copy_from_slice(&rounded[range.clone()]);
+            ops::round_into(&from, range, &mut to, at).unwrap();
+            assert_eq!(to.to_f64_vec(), want);
+        }
+        let mut to = output(dtype, [10]);
+        assert!(ops::round_into(&from, 0..10, &mut to, 1).is_err());
+        assert!(ops::round_into(&from, 69_999..70_001, &mut to, 0).is_err());
+        assert!(ops::round_into(&to.clone(), 0..10, &mut to, 0).is_err());
+    }
+    assert!(ops::round_into(&from, 0..10, &mut output(DType::F32, [10]), 0).is_err());
+}
+
 /// AdamW's slots, each with its own decay and step size.
 fn slots(parameters: &mut [[Tensor; 4]]) -> Vec<ops::AdamwSlot<'_>> {
     let slots = parameters.iter_mut().enumerate();
     slots
         .map(|(i, [p, g, m, v])| ops::AdamwSlot {
-            p,
-            g,
             m,
             v,
-            decay: [0.9, 1.0, 0.5][i],
-            step_size: [0.01, 0.02, 0.03][i],
+            spans: vec![ops::Span::whole(p, g, [0.01, 0.02, 0.03][i], [0.9, 1.0, 0.5][i])],
         })
         .collect()
 }
@@ -1234,11 +1393,83 @@ fn quantising_and_decoding_on_the_cpu_are_those_of_the_weight() {
         assert_eq!(same.block_absmax(), weight.block_absmax());
         for dtype in [DType::F32, DType::F64] {
             let mut values = output(dtype, [6, 128]);
-            ops::dequantize(&weight, &mut values).unwrap();
+            let rows = 0..weight.shape.rows_and_columns().0;
+            ops::dequantize(WeightRef::Quant(&weight), rows, &mut values).unwrap();
             assert_eq!(values.to_f64_vec(), weight.dequantize().to_f64_vec());
             check_guards("dequantize", &values);
         }
     }
+}
+
+#[test]
+fn eight_bits_are_decoded_row_by_row() {
+    let dense = random(1, [6, 33], DType::F16);
+    let weight = RowInt8::quantize("weight", &dense).unwrap();
+    let placed = ops::place_int8(weight.clone(), glmtune::tensor::Device::Cpu).unwrap();
+    assert_eq!(placed.codes.bytes(), weight.codes.bytes());
+    let want = weight.dequantize().to_f64_vec();
+    for dtype in [DType::F32, DType::F64] {
+        let mut values = output(dtype, [3, 33]);
+        ops::dequantize(WeightRef::Int8(&weight), 2..5, &mut values).unwrap();
+        assert_eq!(values.to_f64_vec(), want[2 * 33..5 * 33]);
+        check_guards("dequantize", &values);
+    }
+    let mut values = output(DType::F32, [3, 33]);
+    assert!(ops::dequantize(WeightRef::Int8(&weight), 4..7, &mut values).is_err());
+}
+
+/// Rows gathered on the host are those of the embedding, in every pair of types.
+#[test]
+fn an_embedding_on_the_host_is_gathered_and_converted() {
+    let ids = [3i32, 0, 3, 6];
+    let numbers = Tensor::from_slice(&ids, [4]);
+    for from in [DType::F32, DType::F16, DType::BF16] {
+        let w = random(1, [7, 40], from);
+        for to in [DType::F32, DType::F16, DType::BF16] {
+            let (mut staging, mut y) = (output(to, [4, 40]), output(to, [4, 40]));
+            ops::embedding_from_host(&w, &ids, &mut staging, &mut y).unwrap();
+            let all = w.to_dtype(to);
+            let row = 40 * to.size();
+            let want: Vec<u8> = ids
+                .iter()
+                .flat_map(|&id| all.bytes()[id as usize * row..][..row].to_vec())
+                .collect();
+            assert!(y.bytes() == want, "{from} to {to}");
+            check_guards("embedding_from_host", &y);
+        }
+    }
+    let w = random(1, [7, 40], DType::F32);
+    let (mut staging, mut y) = (output(DType::F32, [4, 40]), output(DType::F32, [4, 40]));
+    ops::embedding(&w, &numbers, &mut y).unwrap();
+    for wrong in [-1, 7] {
+        let result = ops::embedding_from_host(&w, &[0, wrong, 1, 2], &mut staging, &mut y);
+        assert!(
+            result
+                .unwrap_err()
+                .to_string()
+                .contains(&format!("token id {wrong}"))
+        );
+    }
+}
+
+#[test]
+fn logits_of_a_head_are_the_product() {
+    for (form, w, values) in stored(130, 64) {
+        let x = random(1, [5, 64], DType::F64).to_f64_vec();
+        let naive = product(&x, &values, (5, 130, 64));
+        check(&format!("head_logits {form}"), 64, Some(&naive), |d| {
+            let mut y = output(d, [5, 130]);
+            let mut scratch = ops::HeadScratch::of_logits(output(d, [0]));
+            ops::head_logits(&random(1, [5, 64], d), w.as_ref(), &mut scratch, &mut y).unwrap();
+            y
+        });
+    }
+    let pieces = [random(2, [130, 64], DType::F32)];
+    let mut scratch = ops::HeadScratch::of_logits(output(DType::F32, [0]));
+    let mut y = output(DType::F32, [5, 130]);
+    let streamed = ops::HeadRef::Streamed(&pieces);
+    let result = ops::head_logits(&random(1, [5, 64], DType::F32), streamed, &mut scratch, &mut y);
+    assert!(result.unwrap_err().to_string().contains("CPU"));
 }
 
 #[test]
@@ -1476,5 +1707,29 @@ fn scaled_columns() {
             ops::accumulate_column_products(&x, &r, &g, &mut sums).unwrap();
             sums
         });
+    }
+}
+
+/// On the CPU a copy beside the kernels is a copy.
+#[test]
+fn host_tensors_are_fetched_and_stored_at_once() {
+    for dtype in [DType::F32, DType::F64] {
+        let from = random(3, [5, 7], dtype);
+        let mut to = output(dtype, [7, 5]);
+        ops::fetch(&from, &mut to).unwrap();
+        assert_eq!(to.bytes(), from.bytes());
+        check_guards("fetch", &to);
+        let mut to = Tensor::zeros_pinned(Device::Cpu, dtype, [35]).unwrap();
+        ops::store(&from, &mut to).unwrap();
+        assert_eq!(to.bytes(), from.bytes());
+        let mut part = Tensor::zeros(dtype, [20]);
+        ops::fetch_range(&from, 7..17, &mut part, 3).unwrap();
+        ops::store_range(&part, 3..13, &mut to, 0).unwrap();
+        assert_eq!(to.to_f64_vec()[..10], from.to_f64_vec()[7..17]);
+        assert_eq!(to.to_f64_vec()[10..], from.to_f64_vec()[10..]);
+        assert!(ops::fetch_range(&from, 0..10, &mut part, 11).is_err());
+        assert!(ops::store_range(&part, 15..21, &mut to, 0).is_err());
+        let mut short = output(dtype, [34]);
+        assert!(ops::fetch(&from, &mut short).is_err() && ops::store(&from, &mut short).is_err());
     }
 }

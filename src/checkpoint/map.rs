@@ -1,14 +1,15 @@
-//! Files mapped into memory: the one `unsafe` call of this crate outside the GPU.
+//! Files mapped into memory: weights to be read, scratch files to be written.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::{Mmap, MmapOptions};
+use memmap2::{Mmap, MmapMut, MmapOptions};
 
 use crate::error::{Error, Result};
-use crate::tensor::Bytes;
+use crate::tensor::{Bytes, ScratchBytes};
 
 /// An open file whose ranges are mapped one by one.
 ///
@@ -93,5 +94,32 @@ impl MappedFile {
         // exclude is another process truncating the file meanwhile: then the system ends this process (SIGBUS) rather
         // than giving it wrong bytes. We ourselves never write weights in place, only new files that are renamed.
         unsafe { options.map(&self.file) }.map_err(Error::io(&self.path, "map"))
+    }
+}
+
+/// Maps `at..at + bytes` of a scratch file to be read and written.
+pub(super) fn map_scratch(file: &File, at: u64, bytes: usize) -> io::Result<Box<dyn ScratchBytes>> {
+    let mut options = MmapOptions::new();
+    options.offset(at).len(bytes);
+    // SAFETY: the range has just been reserved on the disk; the file was created by this process for itself alone, and
+    // each range of it is mapped once. As above, nothing can keep another process from truncating it.
+    unsafe { options.map_mut(file) }.map(|map| Box::new(ScratchMap(map)) as _)
+}
+
+struct ScratchMap(MmapMut);
+
+impl ScratchBytes for ScratchMap {
+    fn as_slice(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+
+    fn will_be_read(&self) {
+        // A hint: without it the pages come when they are read.
+        #[cfg(unix)]
+        let _ = self.0.advise(memmap2::Advice::WillNeed);
     }
 }

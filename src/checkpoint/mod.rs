@@ -14,6 +14,7 @@ mod map;
 mod pickle;
 pub mod quantized;
 mod safetensors;
+mod scratch;
 mod torch_bin;
 mod torch_writer;
 mod validate;
@@ -24,6 +25,7 @@ use std::path::{Path, PathBuf};
 pub use adapter::{AdapterConfig, read_adapter, write_adapter};
 pub(crate) use folder::PartialFolder;
 pub use safetensors::{SafetensorsWriter, write_safetensors};
+pub use scratch::ScratchFile;
 pub use torch_writer::{TorchBinWriter, write_torch_bin};
 
 use self::entry::Entry;

@@ -11,72 +11,88 @@ use crate::tensor::Tensor;
 
 pub(crate) use super::sys::{AdamwFactors, LionFactors, Maps8bit};
 
-/// What an AdamW step does to one parameter; all F32.
+/// A range of a parameter, and where in the state tensors of its slot its state lies.
 #[derive(Debug)]
-pub struct AdamwSlot<'a> {
-    /// The parameter.
-    pub p: &'a mut Tensor,
-    /// Its gradient.
-    pub g: &'a Tensor,
-    /// Its first moment.
-    pub m: &'a mut Tensor,
-    /// Its second moment.
-    pub v: &'a mut Tensor,
-    /// `1 - lr * weight_decay`, or 1 for a parameter that is not decayed.
-    pub decay: f32,
-    /// `lr / (1 - beta1^t)`.
-    pub step_size: f32,
-}
-
-/// What an AdamW step with moments in 8 bits does to one parameter.
-#[derive(Debug)]
-pub struct Adamw8bitSlot<'a> {
+pub struct Span<'a> {
     /// The parameter, F32.
     pub p: &'a mut Tensor,
     /// Its gradient, F32.
     pub g: &'a Tensor,
-    /// Its first moment in codes of the signed map, U8.
+    /// The first element in `p`.
+    pub p_at: usize,
+    /// The first element in `g`.
+    pub g_at: usize,
+    /// The first element in the state.
+    pub state_at: usize,
+    /// How many elements there are.
+    pub len: usize,
+    /// The learning rate; in AdamW `lr / (1 - beta1^t)`.
+    pub rate: f32,
+    /// `1 - lr * weight_decay`, or 1 for a parameter that is not decayed; in SGD the share of the parameter that is added
+    /// to its gradient.
+    pub decay: f32,
+}
+
+impl<'a> Span<'a> {
+    /// All of a parameter, whose state is all that there is.
+    pub fn whole(p: &'a mut Tensor, g: &'a Tensor, rate: f32, decay: f32) -> Self {
+        let len = g.elements();
+        Self {
+            p,
+            g,
+            p_at: 0,
+            g_at: 0,
+            state_at: 0,
+            len,
+            rate,
+            decay,
+        }
+    }
+}
+
+/// What an AdamW step does to the parameters that share two tensors of moments.
+#[derive(Debug)]
+pub struct AdamwSlot<'a> {
+    /// First moments, F32.
     pub m: &'a mut Tensor,
-    /// Its second moment in codes of the unsigned map, U8.
+    /// Second moments, F32.
+    pub v: &'a mut Tensor,
+    /// The parameters.
+    pub spans: Vec<Span<'a>>,
+}
+
+/// What an AdamW step with moments in 8 bits does to the parameters that share their tensors. Ranges of the state and of
+/// the gradients begin at blocks of 256.
+#[derive(Debug)]
+pub struct Adamw8bitSlot<'a> {
+    /// First moments in codes of the signed map, U8.
+    pub m: &'a mut Tensor,
+    /// Second moments in codes of the unsigned map, U8.
     pub v: &'a mut Tensor,
     /// The scale of every 256 first moments, F32 `[ceil(n / 256)]`.
     pub m_absmax: &'a mut Tensor,
     /// The scale of every 256 second moments, F32 `[ceil(n / 256)]`.
     pub v_absmax: &'a mut Tensor,
-    /// `1 - lr * weight_decay`, or 1 for a parameter that is not decayed.
-    pub decay: f32,
-    /// `lr / (1 - beta1^t)`.
-    pub step_size: f32,
+    /// The parameters.
+    pub spans: Vec<Span<'a>>,
 }
 
-/// What a step of stochastic gradient descent does to one parameter; all F32.
+/// What a step of stochastic gradient descent does to the parameters that share a tensor of momentum.
 #[derive(Debug)]
 pub struct SgdSlot<'a> {
-    /// The parameter.
-    pub p: &'a mut Tensor,
-    /// Its gradient.
-    pub g: &'a Tensor,
-    /// Its momentum, if there is any.
+    /// Momentum, F32, if there is any.
     pub m: Option<&'a mut Tensor>,
-    /// The learning rate.
-    pub rate: f32,
-    /// The share of the parameter that is added to its gradient.
-    pub weight_decay: f32,
+    /// The parameters.
+    pub spans: Vec<Span<'a>>,
 }
 
-/// What a Lion step does to one parameter; all F32.
+/// What a Lion step does to the parameters that share a tensor of momentum.
 #[derive(Debug)]
 pub struct LionSlot<'a> {
-    /// The parameter.
-    pub p: &'a mut Tensor,
-    /// Its gradient.
-    pub g: &'a Tensor,
-    /// Its momentum.
+    /// Momentum, F32.
     pub m: &'a mut Tensor,
-    /// The learning rate.
-    pub rate: f32,
-    /// `1 - lr * weight_decay`, or 1 for a parameter that is not decayed.
-    pub decay: f32,
+    /// The parameters.
+    pub spans: Vec<Span<'a>>,
 }
 
 fn grid(blocks: u32, shared_bytes: usize) -> Grid {
@@ -133,26 +149,35 @@ unsafe fn launch_chunks<C: Copy, P: Copy>(
     Ok(())
 }
 
+/// The chunks of a span: where they begin in it, their elements, their parameter and their gradient.
+fn span_chunks(span: &mut Span<'_>) -> impl Iterator<Item = (usize, u32, *mut f32, *const f32)> + use<> {
+    let p = float(span.p).wrapping_add(span.p_at);
+    let g = span.g.device_ptr().cast::<f32>().wrapping_add(span.g_at);
+    chunks(span.len).map(move |(first, n)| (first, n, p.wrapping_add(first), g.wrapping_add(first)))
+}
+
 /// As [`crate::ops::adamw`], of slots on device `ordinal`.
 pub(crate) fn adamw(ordinal: u8, slots: &mut [AdamwSlot<'_>], factors: AdamwFactors) -> Result<()> {
     let mut table = Vec::new();
     for slot in slots {
-        let g: *const f32 = slot.g.device_ptr().cast();
-        let [p, m, v] = [&mut *slot.p, &mut *slot.m, &mut *slot.v].map(float);
-        table.extend(chunks(slot.g.elements()).map(|(first, n)| AdamwChunk {
-            p: p.wrapping_add(first),
-            g: g.wrapping_add(first),
-            m: m.wrapping_add(first),
-            v: v.wrapping_add(first),
-            n,
-            decay: slot.decay,
-            step_size: slot.step_size,
-            reserved: 0,
-        }));
+        let [m, v] = [&mut *slot.m, &mut *slot.v].map(float);
+        for span in &mut slot.spans {
+            let (at, decay, step_size) = (span.state_at, span.decay, span.rate);
+            table.extend(span_chunks(span).map(|(first, n, p, g)| AdamwChunk {
+                p,
+                g,
+                m: m.wrapping_add(at + first),
+                v: v.wrapping_add(at + first),
+                n,
+                decay,
+                step_size,
+                reserved: 0,
+            }));
+        }
     }
     let params = |_, chunks| Adamw { chunks, factors };
-    // SAFETY: ops has checked that the four tensors of a slot are on this device and of one length, which the chunks do
-    // not leave.
+    // SAFETY: ops has checked that the tensors of a slot are on this device and that its spans lie within them, which the
+    // chunks do not leave.
     unsafe { launch_chunks(ordinal, "adamw", &table, (&[], 0), params) }
 }
 
@@ -163,23 +188,26 @@ pub(crate) fn adamw_8bit(
     maps: &Maps8bit,
     factors: AdamwFactors,
 ) -> Result<()> {
+    const BLOCK: usize = GLM_BLOCK_8BIT as usize;
     let mut table = Vec::new();
     for slot in slots {
-        let g: *const f32 = slot.g.device_ptr().cast();
         let [m, v] = [&mut *slot.m, &mut *slot.v].map(|x| x.device_ptr_mut().cast::<u8>());
-        let [p, m_absmax, v_absmax] = [&mut *slot.p, &mut *slot.m_absmax, &mut *slot.v_absmax].map(float);
-        table.extend(chunks(slot.g.elements()).map(|(first, n)| Adamw8bitChunk {
-            p: p.wrapping_add(first),
-            g: g.wrapping_add(first),
-            m: m.wrapping_add(first),
-            v: v.wrapping_add(first),
-            m_absmax: m_absmax.wrapping_add(first / GLM_BLOCK_8BIT as usize),
-            v_absmax: v_absmax.wrapping_add(first / GLM_BLOCK_8BIT as usize),
-            n,
-            decay: slot.decay,
-            step_size: slot.step_size,
-            reserved: 0,
-        }));
+        let [m_absmax, v_absmax] = [&mut *slot.m_absmax, &mut *slot.v_absmax].map(float);
+        for span in &mut slot.spans {
+            let (at, decay, step_size) = (span.state_at, span.decay, span.rate);
+            table.extend(span_chunks(span).map(|(first, n, p, g)| Adamw8bitChunk {
+                p,
+                g,
+                m: m.wrapping_add(at + first),
+                v: v.wrapping_add(at + first),
+                m_absmax: m_absmax.wrapping_add((at + first) / BLOCK),
+                v_absmax: v_absmax.wrapping_add((at + first) / BLOCK),
+                n,
+                decay,
+                step_size,
+                reserved: 0,
+            }));
+        }
     }
     let maps = bytes_of(std::slice::from_ref(maps));
     let params = |base: *const std::ffi::c_void, chunks| Adamw8bit {
@@ -187,8 +215,9 @@ pub(crate) fn adamw_8bit(
         maps: base.cast(),
         factors,
     };
-    // SAFETY: ops has checked that the tensors of a slot are on this device, of one length and with a scale for each block;
-    // chunks begin at blocks and do not leave them. The maps lie where the scratch memory begins.
+    // SAFETY: ops has checked that the tensors of a slot are on this device, that its spans lie within them and begin at
+    // blocks, and that there is a scale for each block; chunks begin at blocks and do not leave their spans. The maps lie
+    // where the scratch memory begins.
     unsafe { launch_chunks(ordinal, "adamw_8bit", &table, (maps, maps.len()), params) }
 }
 
@@ -197,16 +226,17 @@ pub(crate) fn sgd(ordinal: u8, slots: &mut [SgdSlot<'_>], clip: f32, momentum: f
     let mut table = Vec::new();
     for slot in slots {
         let m = slot.m.as_deref_mut().map_or(std::ptr::null_mut(), float);
-        let (rate, decay) = (slot.rate, slot.weight_decay);
-        table.extend(momentum_chunks(slot.p, slot.g, m, rate, decay));
+        for span in &mut slot.spans {
+            table.extend(momentum_chunks(span, m));
+        }
     }
     let params = |_, chunks| Sgd {
         chunks,
         clip,
         momentum,
     };
-    // SAFETY: ops has checked that the tensors of a slot are on this device and of one length, which the chunks do not
-    // leave; a chunk without momentum has a null pointer, as the kernel allows.
+    // SAFETY: ops has checked that the tensors of a slot are on this device and that its spans lie within them, which the
+    // chunks do not leave; a chunk without momentum has a null pointer, as the kernel allows.
     unsafe { launch_chunks(ordinal, "sgd", &table, (&[], 0), params) }
 }
 
@@ -215,28 +245,27 @@ pub(crate) fn lion(ordinal: u8, slots: &mut [LionSlot<'_>], factors: LionFactors
     let mut table = Vec::new();
     for slot in slots {
         let m = float(slot.m);
-        table.extend(momentum_chunks(slot.p, slot.g, m, slot.rate, slot.decay));
+        for span in &mut slot.spans {
+            table.extend(momentum_chunks(span, m));
+        }
     }
     let params = |_, chunks| Lion { chunks, factors };
-    // SAFETY: ops has checked that the three tensors of a slot are on this device and of one length, which the chunks do
-    // not leave.
+    // SAFETY: ops has checked that the tensors of a slot are on this device and that its spans lie within them, which the
+    // chunks do not leave.
     unsafe { launch_chunks(ordinal, "lion", &table, (&[], 0), params) }
 }
 
-/// The chunks of a parameter with one moment, which may be null.
-fn momentum_chunks(
-    p: &mut Tensor,
-    g: &Tensor,
-    m: *mut f32,
-    rate: f32,
-    decay: f32,
-) -> impl Iterator<Item = MomentumChunk> {
-    let p = float(p);
-    let first_g: *const f32 = g.device_ptr().cast();
-    chunks(g.elements()).map(move |(first, n)| MomentumChunk {
-        p: p.wrapping_add(first),
-        g: first_g.wrapping_add(first),
-        m: if m.is_null() { m } else { m.wrapping_add(first) },
+/// The chunks of a span with one moment, which may be null.
+fn momentum_chunks(span: &mut Span<'_>, m: *mut f32) -> impl Iterator<Item = MomentumChunk> + use<> {
+    let (at, rate, decay) = (span.state_at, span.rate, span.decay);
+    span_chunks(span).map(move |(first, n, p, g)| MomentumChunk {
+        p,
+        g,
+        m: if m.is_null() {
+            m
+        } else {
+            m.wrapping_add(at + first)
+        },
         n,
         rate,
         decay,

@@ -1,34 +1,70 @@
 //! The optimizers' updates, the gradient norm, and the search for what is no number.
 
+use std::ops::Range;
+
+use half::{bf16, f16};
+
 use super::{check_device, check_elements, mismatch, on_device};
 use crate::cpu::optim::AdamwStep;
 use crate::cpu::optim_8bit::{self, Codes};
 use crate::error::Result;
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{DType, Device, Element, Tensor};
 use crate::{cpu, cuda};
 
 pub use crate::cpu::optim::{AdamwFactors as AdamW, LionFactors as Lion, SgdFactors as Sgd};
-pub use crate::cuda::optim::{Adamw8bitSlot, AdamwSlot, LionSlot, SgdSlot};
+pub use crate::cuda::optim::{Adamw8bitSlot, AdamwSlot, LionSlot, SgdSlot, Span};
 
 /// Moments that share one scale in [`adamw_8bit`].
 pub const BLOCK_8BIT: usize = optim_8bit::BLOCK;
 
-/// All `tensors` are of the gradient's length and on `device`, and F32 but for `codes`.
-fn check_slot(
+/// Where a slot computes; nothing when there is no slot with a span.
+fn device_of<'a>(mut spans: impl Iterator<Item = &'a Span<'a>>) -> Option<Device> {
+    spans.next().map(|span| span.g.device())
+}
+
+/// State tensors lie on `device`; F32 and U8 as they are named, and all as long as the first.
+fn check_state(
     operation: &'static str,
     device: Device,
-    g: &Tensor,
-    tensors: &[(&str, &Tensor)],
+    floats: &[(&str, &Tensor)],
     codes: &[(&str, &Tensor)],
 ) -> Result<()> {
-    let g = [("g", g)];
-    let floats = g.iter().chain(tensors).map(|(name, t)| (name, t, DType::F32));
+    let floats = floats.iter().map(|(name, t)| (name, t, DType::F32));
     let codes = codes.iter().map(|(name, t)| (name, t, DType::U8));
+    let mut elements = None;
     for (name, tensor, dtype) in floats.chain(codes) {
         check_device(operation, name, tensor, device)?;
-        check_elements(operation, name, tensor, dtype, g[0].1.elements())?;
+        let elements = *elements.get_or_insert(tensor.elements());
+        check_elements(operation, name, tensor, dtype, elements)?;
     }
     Ok(())
+}
+
+/// Spans lie within their parameters, gradients and the `state` elements of their slot.
+fn check_spans(operation: &'static str, device: Device, spans: &[Span<'_>], state: usize) -> Result<()> {
+    for span in spans {
+        for (name, tensor, at) in [("p", &*span.p, span.p_at), ("g", span.g, span.g_at)] {
+            check_device(operation, name, tensor, device)?;
+            check_elements(operation, name, tensor, DType::F32, tensor.elements())?;
+            check_range(operation, name, at, span.len, tensor.elements())?;
+        }
+        check_range(operation, "state", span.state_at, span.len, state)?;
+    }
+    Ok(())
+}
+
+fn check_range(operation: &'static str, name: &str, at: usize, len: usize, elements: usize) -> Result<()> {
+    if at.checked_add(len).is_some_and(|end| end <= elements) {
+        return Ok(());
+    }
+    let found = format!("{len} elements from {at} of {name}");
+    Err(mismatch(operation, found, format!("at most {elements}")))
+}
+
+/// A span's part of its parameter and of its gradient.
+fn values<'s>(span: &'s mut Span<'_>) -> (&'s mut [f32], &'s [f32]) {
+    let p = &mut span.p.as_mut_slice()[span.p_at..][..span.len];
+    (p, &span.g.as_slice()[span.g_at..][..span.len])
 }
 
 impl AdamW {
@@ -44,55 +80,72 @@ impl AdamW {
     }
 }
 
-/// One AdamW step (Loshchilov and Hutter 2019) on `p`, `m` and `v` of every slot in place, as `torch.optim.AdamW`; on a
-/// CUDA device in one launch, with the CPU's bits:
+/// One AdamW step (Loshchilov and Hutter 2019) on the spans of every slot in place, as `torch.optim.AdamW`; on a CUDA
+/// device in one launch, with the CPU's bits:
 ///
 /// `g = clip g; m += (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g g;
-/// p = decay p - step_size m / (sqrt(v) / sqrt_correction2 + eps)`.
+/// p = decay p - rate m / (sqrt(v) / sqrt_correction2 + eps)`.
 ///
 /// # Errors
 /// Shapes or types do not fit, or the slots are on several devices.
 pub fn adamw(slots: &mut [AdamwSlot<'_>], factors: &AdamW) -> Result<()> {
-    let Some(device) = slots.first().map(|slot| slot.g.device()) else {
+    const OPERATION: &str = "adamw";
+    let Some(device) = device_of(slots.iter().flat_map(|slot| &slot.spans)) else {
         return Ok(());
     };
     for s in slots.iter() {
-        check_slot("adamw", device, s.g, &[("p", s.p), ("m", s.m), ("v", s.v)], &[])?;
+        check_state(OPERATION, device, &[("m", s.m), ("v", s.v)], &[])?;
+        check_spans(OPERATION, device, &s.spans, s.m.elements())?;
     }
     if let Device::Cuda(ordinal) = device {
         return cuda::optim::adamw(ordinal, slots, factors.for_cuda());
     }
     for s in slots {
-        let step = AdamwStep {
-            decay: s.decay,
-            size: s.step_size,
-        };
-        let (m, v) = (s.m.as_mut_slice(), s.v.as_mut_slice());
-        cpu::optim::adamw(s.p.as_mut_slice(), s.g.as_slice(), m, v, step, factors);
+        for span in &mut s.spans {
+            let (state, step) = (span.state_at..span.state_at + span.len, adamw_step(span));
+            let (m, v) = (
+                &mut s.m.as_mut_slice()[state.clone()],
+                &mut s.v.as_mut_slice()[state],
+            );
+            let (p, g) = values(span);
+            cpu::optim::adamw(p, g, m, v, step, factors);
+        }
     }
     Ok(())
 }
 
+fn adamw_step(span: &Span<'_>) -> AdamwStep {
+    AdamwStep {
+        decay: span.decay,
+        size: span.rate,
+    }
+}
+
 /// [`adamw`] on moments in 8 bits (Dettmers et al. 2022): `m = map[codes] absmax` in blocks of [`BLOCK_8BIT`], with
-/// bitsandbytes' dynamic maps, signed for the first and unsigned for the second moment.
+/// bitsandbytes' dynamic maps, signed for the first and unsigned for the second moment. A span's blocks begin with it.
 ///
 /// A moment is dequantised, updated, used for `p`, and then quantised: its block's absmax is the largest magnitude, its code
 /// that of the value nearest to `moment / absmax`, of two equally near ones the lower. On a CUDA device in one launch,
 /// with the CPU's bits.
 ///
 /// # Errors
-/// Shapes or types do not fit, or the slots are on several devices.
+/// Shapes or types do not fit, the slots are on several devices, or a span's state does not begin at a block.
 pub fn adamw_8bit(slots: &mut [Adamw8bitSlot<'_>], factors: &AdamW) -> Result<()> {
     const OPERATION: &str = "adamw_8bit";
-    let Some(device) = slots.first().map(|slot| slot.g.device()) else {
+    let Some(device) = device_of(slots.iter().flat_map(|slot| &slot.spans)) else {
         return Ok(());
     };
     for s in slots.iter() {
-        check_slot(OPERATION, device, s.g, &[("p", s.p)], &[("m", s.m), ("v", s.v)])?;
+        check_state(OPERATION, device, &[], &[("m", s.m), ("v", s.v)])?;
+        let blocks = s.m.elements().div_ceil(BLOCK_8BIT);
         for (name, absmax) in [("m_absmax", &*s.m_absmax), ("v_absmax", &*s.v_absmax)] {
             check_device(OPERATION, name, absmax, device)?;
-            let blocks = s.g.elements().div_ceil(BLOCK_8BIT);
             check_elements(OPERATION, name, absmax, DType::F32, blocks)?;
+        }
+        check_spans(OPERATION, device, &s.spans, s.m.elements())?;
+        if let Some(span) = s.spans.iter().find(|s| !s.state_at.is_multiple_of(BLOCK_8BIT)) {
+            let found = format!("a state from element {}", span.state_at);
+            return Err(mismatch(OPERATION, found, format!("a multiple of {BLOCK_8BIT}")));
         }
     }
     if let Device::Cuda(ordinal) = device {
@@ -108,61 +161,74 @@ pub fn adamw_8bit(slots: &mut [Adamw8bitSlot<'_>], factors: &AdamW) -> Result<()
         return cuda::optim::adamw_8bit(ordinal, slots, &maps, factors.for_cuda());
     }
     for s in slots {
-        let step = AdamwStep {
-            decay: s.decay,
-            size: s.step_size,
-        };
-        let m = Codes {
-            codes: s.m.as_mut_slice(),
-            absmax: s.m_absmax.as_mut_slice(),
-        };
-        let v = Codes {
-            codes: s.v.as_mut_slice(),
-            absmax: s.v_absmax.as_mut_slice(),
-        };
-        optim_8bit::adamw_8bit(s.p.as_mut_slice(), s.g.as_slice(), m, v, step, factors);
+        for span in &mut s.spans {
+            let step = adamw_step(span);
+            let state = span.state_at..span.state_at + span.len;
+            let blocks = state.start / BLOCK_8BIT..state.end.div_ceil(BLOCK_8BIT);
+            let m = Codes {
+                codes: &mut s.m.as_mut_slice()[state.clone()],
+                absmax: &mut s.m_absmax.as_mut_slice()[blocks.clone()],
+            };
+            let v = Codes {
+                codes: &mut s.v.as_mut_slice()[state],
+                absmax: &mut s.v_absmax.as_mut_slice()[blocks],
+            };
+            let (p, g) = values(span);
+            optim_8bit::adamw_8bit(p, g, m, v, step, factors);
+        }
     }
     Ok(())
 }
 
-/// One step of stochastic gradient descent on `p` and `m` of every slot in place, as `torch.optim.SGD`; on a CUDA device
-/// in one launch, with the CPU's bits: `g = clip g + weight_decay p; m = momentum m + g; p -= rate m`, or `p -= rate g`
-/// without `m`.
+/// One step of stochastic gradient descent on the spans of every slot in place, as `torch.optim.SGD`; on a CUDA device
+/// in one launch, with the CPU's bits: `g = clip g + decay p; m = momentum m + g; p -= rate m`, or `p -= rate g` without
+/// `m`.
 ///
 /// # Errors
 /// Shapes or types do not fit, or the slots are on several devices.
 pub fn sgd(slots: &mut [SgdSlot<'_>], factors: &Sgd) -> Result<()> {
-    let Some(device) = slots.first().map(|slot| slot.g.device()) else {
+    const OPERATION: &str = "sgd";
+    let Some(device) = device_of(slots.iter().flat_map(|slot| &slot.spans)) else {
         return Ok(());
     };
     for s in slots.iter() {
-        check_slot("sgd", device, s.g, &[("p", s.p)], &[])?;
-        if let Some(m) = s.m.as_deref() {
-            check_slot("sgd", device, s.g, &[("m", m)], &[])?;
-        }
+        let m = s.m.as_deref();
+        check_state(OPERATION, device, m.map(|m| ("m", m)).as_slice(), &[])?;
+        check_spans(
+            OPERATION,
+            device,
+            &s.spans,
+            m.map_or(usize::MAX, Tensor::elements),
+        )?;
     }
     if let Device::Cuda(ordinal) = device {
         return cuda::optim::sgd(ordinal, slots, factors.clip, factors.momentum);
     }
     for s in slots {
-        let m = s.m.as_deref_mut().map(Tensor::as_mut_slice);
-        let (p, g) = (s.p.as_mut_slice(), s.g.as_slice());
-        cpu::optim::sgd(p, g, m, s.rate, s.weight_decay, factors);
+        for span in &mut s.spans {
+            let m = s.m.as_deref_mut().map(Tensor::as_mut_slice);
+            let m = m.map(|m| &mut m[span.state_at..][..span.len]);
+            let (rate, weight_decay) = (span.rate, span.decay);
+            let (p, g) = values(span);
+            cpu::optim::sgd(p, g, m, rate, weight_decay, factors);
+        }
     }
     Ok(())
 }
 
-/// One Lion step (Chen et al. 2023) on `p` and `m` of every slot in place; on a CUDA device in one launch, with the CPU's
+/// One Lion step (Chen et al. 2023) on the spans of every slot in place; on a CUDA device in one launch, with the CPU's
 /// bits: `g = clip g; p = decay p - rate sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g`.
 ///
 /// # Errors
 /// Shapes or types do not fit, or the slots are on several devices.
 pub fn lion(slots: &mut [LionSlot<'_>], factors: &Lion) -> Result<()> {
-    let Some(device) = slots.first().map(|slot| slot.g.device()) else {
+    const OPERATION: &str = "lion";
+    let Some(device) = device_of(slots.iter().flat_map(|slot| &slot.spans)) else {
         return Ok(());
     };
     for s in slots.iter() {
-        check_slot("lion", device, s.g, &[("p", s.p), ("m", s.m)], &[])?;
+        check_state(OPERATION, device, &[("m", s.m)], &[])?;
+        check_spans(OPERATION, device, &s.spans, s.m.elements())?;
     }
     if let Device::Cuda(ordinal) = device {
         let factors = cuda::optim::LionFactors {
@@ -176,9 +242,43 @@ pub fn lion(slots: &mut [LionSlot<'_>], factors: &Lion) -> Result<()> {
         return cuda::optim::lion(ordinal, slots, factors);
     }
     for s in slots {
-        let (p, g, m) = (s.p.as_mut_slice(), s.g.as_slice(), s.m.as_mut_slice());
-        cpu::optim::lion(p, g, m, s.rate, s.decay, factors);
+        for span in &mut s.spans {
+            let m = &mut s.m.as_mut_slice()[span.state_at..][..span.len];
+            let (rate, decay) = (span.rate, span.decay);
+            let (p, g) = values(span);
+            cpu::optim::lion(p, g, m, rate, decay, factors);
+        }
     }
+    Ok(())
+}
+
+/// `to[at..] = from[range]`, rounded to nearest even: how a 16-bit copy follows a range of its parameter.
+///
+/// # Errors
+/// `from` is not F32, `to` is not F16 or BF16, they are on two devices, or a range lies outside.
+pub fn round_into(from: &Tensor, range: Range<usize>, to: &mut Tensor, at: usize) -> Result<()> {
+    const OPERATION: &str = "round_into";
+    check_device(OPERATION, "to", to, from.device())?;
+    check_elements(OPERATION, "from", from, DType::F32, from.elements())?;
+    check_range(OPERATION, "from", range.start, range.len(), from.elements())?;
+    check_range(OPERATION, "to", at, range.len(), to.elements())?;
+    match (from.device(), to.dtype()) {
+        (Device::Cpu, DType::F16) => round_on_cpu(from, range, to, at, f16::from_f32),
+        (Device::Cpu, DType::BF16) => round_on_cpu(from, range, to, at, bf16::from_f32),
+        (Device::Cuda(_), DType::F16 | DType::BF16) => cuda::pointwise::round_into(from, range, to, at),
+        (_, other) => Err(mismatch(OPERATION, other, "float16 or bfloat16")),
+    }
+}
+
+fn round_on_cpu<T: Element>(
+    from: &Tensor,
+    range: Range<usize>,
+    to: &mut Tensor,
+    at: usize,
+    round: fn(f32) -> T,
+) -> Result<()> {
+    let to = &mut to.as_mut_slice::<T>()[at..][..range.len()];
+    cpu::optim::round_into(&from.as_slice()[range], to, round);
     Ok(())
 }
 
@@ -246,6 +346,7 @@ pub fn zero_all(tensors: &mut [&mut Tensor]) -> Result<()> {
 /// # Errors
 /// `x` is not of a type that this device computes in.
 pub fn non_finite(x: &Tensor) -> Result<Option<(usize, usize)>> {
+    x.arrive()?;
     Ok(
         on_device!("non_finite", x, T => cpu::optim::non_finite(x.as_slice::<T>()), cuda => cuda::optim::non_finite(x)),
     )

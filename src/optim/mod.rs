@@ -9,18 +9,30 @@
 //!
 //! Weight decay is decoupled from the gradient, except in `sgd`, where it is the L2 penalty of `torch.optim.SGD`, which is
 //! what Hugging Face's `--optim sgd` runs.
+//!
+//! State lies in pages: on the device, or on the host or on disk, passing through the device ([`StateStorage`]). The bits are the
+//! same wherever it lies. What others call a paged optimizer (bitsandbytes) leaves that motion to unified memory; here
+//! it is copies that are asked for ahead of time.
 
+mod file;
 mod groups;
+mod layout;
+mod motion;
+mod pages;
 mod state;
 #[cfg(test)]
 mod tests;
+mod values;
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use self::state::State;
+use self::layout::{Layout, Need};
+use self::pages::{Pages, Taking};
+use self::state::{Format, Rule};
 use crate::error::{Error, Result};
 use crate::nn::Param;
-use crate::ops::{self, AdamW, Adamw8bitSlot, AdamwSlot, Lion, LionSlot, Sgd, SgdSlot};
+use crate::tensor::{Device, Shape, Tensor};
 
 pub use groups::{group_of, is_decayed, is_raised_by_loraplus};
 
@@ -114,50 +126,145 @@ pub fn clip_factor(norm: f64, max: f64) -> f64 {
     (max / (norm + 1e-6)).min(1.0)
 }
 
+/// Where the state of an optimizer lies between updates. On the CPU the host is the device.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum StatePlace {
+    /// Where the parameters are updated.
+    #[default]
+    Device,
+    /// In pages of page-locked host memory that pass through the device's memory.
+    Host,
+    /// In a scratch file in this folder, mapped, whose pages pass through the device's memory.
+    Disk(PathBuf),
+}
+
+/// Where the state lies, and what of the device it may use on its way.
+///
+/// State on the host or on disk is cut into pages. As many as the budget allows stay on the device for good; the others move:
+/// each is fetched ahead of its update and written back behind it, beside whatever the device computes. Every step updates
+/// every page in the same order, so there is nothing for a cache to learn: what was used last is needed last.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StateStorage {
+    /// Where.
+    pub place: StatePlace,
+    /// Bytes of device memory for state and for values on their way, at most; by default 96 MiB for each kind of state.
+    pub vram: Option<u64>,
+}
+
+/// Bytes of memory that an optimizer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StateMemory {
+    /// Of the device.
+    pub device: u64,
+    /// Of the host, page-locked where a device copies from and to it.
+    pub host: u64,
+    /// Of the disk.
+    pub disk: u64,
+}
+
+/// Bytes that a step copies between host and device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Traffic {
+    /// To the device.
+    pub fetched: u64,
+    /// From the device.
+    pub stored: u64,
+}
+
 /// A parameter that trains.
 #[derive(Debug)]
 struct Trained {
     name: String,
+    /// Extents, for files.
+    shape: Shape,
+    format: Format,
     decayed: bool,
     /// Its learning rate, in units of the base rate.
     rate: f64,
-    state: State,
+    /// Bytes of its rounded copy, if that waits in host memory.
+    waiting: u64,
+    /// Has it taken the step that is being taken in parts?
+    updated: bool,
 }
 
-/// An optimizer over every parameter with a gradient.
+/// An optimizer over every parameter that trains.
 #[derive(Debug)]
 pub struct Optimizer {
     config: OptimizerConfig,
     step: u64,
     trained: Vec<Trained>,
+    numbers: BTreeMap<String, usize>,
+    pages: Pages,
 }
 
-impl Optimizer {
-    /// An optimizer without parameters.
-    pub fn new(config: OptimizerConfig) -> Self {
-        Self {
-            config,
-            step: 0,
-            trained: Vec::new(),
-        }
-    }
+/// What [`Optimizer::step`] and [`Optimizer::update`] are given: a function that visits parameters.
+type Visit<'v, 'a> = &'v mut dyn FnMut(&str, &'a mut Param) -> Result<()>;
 
-    /// Makes room for the state of a parameter; one without a gradient is passed over.
+impl Optimizer {
+    /// An optimizer of the parameters that `visit` visits, with all the memory that its steps will need; those that do not
+    /// train are passed over:
+    ///
+    /// ```text
+    /// let optimizer = Optimizer::new(config, &storage, |visit| model.try_for_each_param(visit))?;
+    /// ```
+    ///
+    /// A parameter whose value lies on the host while the device computes with a rounded copy (`Param::working`) passes
+    /// through the device with its state.
     ///
     /// # Errors
-    /// The parameter's device has no room.
-    pub fn register(&mut self, name: &str, param: &Param) -> Result<()> {
-        if param.grad.is_some() {
-            let c = &self.config;
-            let raised = is_raised_by_loraplus(name, param.value.shape());
-            self.trained.push(Trained {
-                name: name.to_string(),
-                decayed: is_decayed(name) || !c.exclude_bias_and_norm,
-                rate: c.loraplus_lr_ratio.filter(|_| raised).unwrap_or(1.0),
-                state: State::new(c, name, &param.value)?,
+    /// The device, the host or the disk has no room; the budget is too small; two parameters of one name.
+    pub fn new(
+        config: OptimizerConfig,
+        storage: &StateStorage,
+        visit: impl FnOnce(&mut dyn FnMut(&str, &Param) -> Result<()>) -> Result<()>,
+    ) -> Result<Self> {
+        let (mut trained, mut needs, mut numbers) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let (mut device, mut pinned_values, mut waiting) = (None, true, None);
+        visit(&mut |name, param| {
+            if !param.trains() {
+                return Ok(());
+            }
+            let elements = param.value.elements();
+            let computes_on = param.operand().beside();
+            let master = param.value.device() != computes_on;
+            let waits = param.working.as_ref().filter(|w| w.device() != computes_on);
+            waiting = waiting.or(waits.map(Tensor::dtype));
+            pinned_values &= !master || param.value.is_pinned();
+            let format = Format::of(&config, name, elements);
+            device.get_or_insert(computes_on);
+            needs.push(Need {
+                group: group_of(name),
+                elements,
+                format,
+                master,
             });
-        }
-        Ok(())
+            if numbers.insert(name.to_string(), trained.len()).is_some() {
+                return Err(unexpected(&format!("{name} twice")));
+            }
+            let raised = is_raised_by_loraplus(name, param.value.shape());
+            trained.push(Trained {
+                name: name.to_string(),
+                shape: param.value.shape(),
+                format,
+                decayed: is_decayed(name) || !config.exclude_bias_and_norm,
+                rate: config.loraplus_lr_ratio.filter(|_| raised).unwrap_or(1.0),
+                waiting: waits.map_or(0, |waits| waits.byte_len() as u64),
+                updated: false,
+            });
+            Ok(())
+        })?;
+        let device = device.unwrap_or(Device::Cpu);
+        let layout = match (&storage.place, device) {
+            (StatePlace::Device, _) | (_, Device::Cpu) => Layout::resident(&needs),
+            (StatePlace::Host | StatePlace::Disk(_), Device::Cuda(_)) => Layout::paged(&needs, storage.vram)?,
+        };
+        Ok(Self {
+            config,
+            step: 0,
+            trained,
+            numbers,
+            pages: Pages::new(layout, device, &storage.place, pinned_values, waiting)?,
+        })
     }
 
     /// The number of parameters that train.
@@ -175,10 +282,24 @@ impl Optimizer {
         &self.config
     }
 
-    /// Bytes of state, on the device of the parameters.
+    /// Bytes of state, wherever they lie.
     pub fn state_bytes(&self) -> usize {
-        let parts = self.trained.iter().flat_map(|t| t.state.parts());
-        parts.map(|(_, tensor)| tensor.byte_len()).sum()
+        self.pages.bytes()
+    }
+
+    /// Bytes of memory for state and its motion.
+    pub fn memory(&self) -> StateMemory {
+        self.pages.memory()
+    }
+
+    /// Bytes that a step moves. Exact for every step but the first of those that are taken in parts, whose order is not
+    /// known before.
+    pub fn traffic(&self) -> Traffic {
+        let traffic = self.pages.traffic();
+        Traffic {
+            stored: traffic.stored + self.trained.iter().map(|t| t.waiting).sum::<u64>(),
+            ..traffic
+        }
     }
 
     /// The number of steps taken.
@@ -188,142 +309,137 @@ impl Optimizer {
 
     /// Takes one step: `rate` is its learning rate, `clip` the factor of every gradient ([`clip_factor`]).
     ///
-    /// `visit` calls the function that it is given with every parameter, in the order of [`Optimizer::register`]; those
-    /// without a gradient are passed over:
+    /// `visit` calls the function that it is given with every parameter; those that do not train are passed over:
     ///
     /// ```text
     /// optimizer.step(rate, clip, |visit| model.for_each_param_mut(visit))?;
     /// ```
     ///
     /// # Errors
-    /// The parameters are not those registered, or in another order; nothing is updated then.
+    /// The parameters are not those of [`Optimizer::new`], or one has no gradient; nothing is updated then.
     pub fn step<'a>(
-        &'a mut self,
+        &mut self,
         rate: f64,
         clip: f64,
-        visit: impl FnOnce(&mut dyn FnMut(&str, &'a mut Param) -> Result<()>) -> Result<()>,
+        visit: impl FnOnce(Visit<'_, 'a>) -> Result<()>,
     ) -> Result<()> {
-        let c = self.config;
-        let correction1 = 1.0 - c.beta1.powf((self.step + 1) as f64);
-        let unexpected = |found: &str| Error::Shape {
-            operation: "Optimizer::step",
-            found: found.to_string(),
-            expected: "the parameters in the order they were registered in".to_string(),
-        };
-        let mut trained = self.trained.iter_mut();
-        let mut slots = Slots::default();
-        visit(&mut |name, param| {
-            let Some(g) = &param.grad else { return Ok(()) };
-            let t = trained.next().filter(|t| t.name == name);
-            let t = t.ok_or_else(|| unexpected(name))?;
-            let (p, rate) = (&mut param.value, rate * t.rate);
-            let weight_decay = if t.decayed { c.weight_decay } else { 0.0 };
-            let decay = (1.0 - rate * weight_decay) as f32;
-            let step_size = (rate / correction1) as f32;
-            match &mut t.state {
-                State::Adamw { exp_avg, exp_avg_sq } => slots.adamw.push(AdamwSlot {
-                    p,
-                    g,
-                    m: exp_avg,
-                    v: exp_avg_sq,
-                    decay,
-                    step_size,
-                }),
-                State::Adamw8bit {
-                    state1,
-                    state2,
-                    absmax1,
-                    absmax2,
-                } => slots.adamw_8bit.push(Adamw8bitSlot {
-                    p,
-                    g,
-                    m: state1,
-                    v: state2,
-                    m_absmax: absmax1,
-                    v_absmax: absmax2,
-                    decay,
-                    step_size,
-                }),
-                State::Sgd { momentum_buffer } => slots.sgd.push(SgdSlot {
-                    p,
-                    g,
-                    m: momentum_buffer.as_mut(),
-                    rate: rate as f32,
-                    weight_decay: weight_decay as f32,
-                }),
-                State::Lion { exp_avg } => slots.lion.push(LionSlot {
-                    p,
-                    g,
-                    m: exp_avg,
-                    rate: rate as f32,
-                    decay,
-                }),
-            }
-            Ok(())
-        })?;
-        if let Some(t) = trained.next() {
-            return Err(unexpected(&format!("the end before {}", t.name)));
+        let rule = Rule::new(&self.config, self.step + 1, clip);
+        let mut taking = self.gather(&rule, rate, visit)?;
+        let missing = (0..self.len()).find(|&i| taking.get(i).is_none_or(|t| t.number != i));
+        if let Some(missing) = missing {
+            let name = &self.trained[missing].name;
+            return Err(unexpected(&format!("the end before {name}")));
         }
-        slots.update(&c, self.step + 1, clip)?;
+        self.take(&rule, &mut taking)?;
+        self.end()
+    }
+
+    /// Takes a part of the next step: that of the parameters that `visit` visits. Parts may come in any order; when every
+    /// parameter has had its part, [`Optimizer::end`] ends the step. Pages move best when parts are whole layers, in the
+    /// order of the step before.
+    ///
+    /// # Errors
+    /// A parameter is not one of [`Optimizer::new`], has taken this step already, or has no gradient; nothing is updated
+    /// then.
+    pub fn update<'a>(
+        &mut self,
+        rate: f64,
+        clip: f64,
+        visit: impl FnOnce(Visit<'_, 'a>) -> Result<()>,
+    ) -> Result<()> {
+        let rule = Rule::new(&self.config, self.step + 1, clip);
+        let mut taking = self.gather(&rule, rate, visit)?;
+        self.take(&rule, &mut taking)
+    }
+
+    /// Ends a step that was taken in parts.
+    ///
+    /// # Errors
+    /// The parts were not one for each parameter; a copy cannot be asked for.
+    pub fn end(&mut self) -> Result<()> {
+        let updated = self.trained.iter().filter(|t| t.updated).count();
+        self.trained.iter_mut().for_each(|t| t.updated = false);
+        self.pages.end()?;
+        if updated != self.len() {
+            return Err(Error::Shape {
+                operation: "Optimizer::end",
+                found: format!("{updated} updates"),
+                expected: format!("one for each of {} parameters", self.len()),
+            });
+        }
         self.step += 1;
         Ok(())
     }
 
-    /// Writes the state, bit for bit: `step`, and the parts of every parameter's state under PyTorch's and bitsandbytes'
-    /// names (`exp_avg.<parameter>`, ...); the kind stands in the file's metadata as `optim`.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        state::save(path, self.config.kind, self.step, &self.trained)
+    /// The parameters that `visit` visits and that train, sorted by number.
+    fn gather<'a>(
+        &self,
+        rule: &Rule,
+        rate: f64,
+        visit: impl FnOnce(Visit<'_, 'a>) -> Result<()>,
+    ) -> Result<Vec<Taking<'a>>> {
+        let mut taking: Vec<Taking<'a>> = Vec::new();
+        visit(&mut |name, param| {
+            if !param.trains() {
+                return Ok(());
+            }
+            let number = self.numbers.get(name).copied();
+            let Some(number) = number.filter(|&number| !self.trained[number].updated && param.grad.is_some())
+            else {
+                return Err(unexpected(name));
+            };
+            let t = &self.trained[number];
+            let (rate, decay) = rule.rate_and_decay(rate * t.rate, t.decayed);
+            taking.push(Taking {
+                number,
+                param,
+                rate,
+                decay,
+            });
+            Ok(())
+        })?;
+        taking.sort_by_key(|t| t.number);
+        if let Some(twice) = taking.windows(2).find(|pair| pair[0].number == pair[1].number) {
+            return Err(unexpected(&format!(
+                "{} twice",
+                self.trained[twice[0].number].name
+            )));
+        }
+        Ok(taking)
     }
 
-    /// Reads a state that [`Optimizer::save`] wrote for the same kind and the same parameters.
+    fn take(&mut self, rule: &Rule, taking: &mut [Taking<'_>]) -> Result<()> {
+        for t in taking.iter() {
+            self.trained[t.number].updated = true;
+        }
+        self.pages.update(rule, taking)
+    }
+
+    /// Writes the state, bit for bit: `step`, and the parts of every parameter's state under PyTorch's and bitsandbytes'
+    /// names (`exp_avg.<parameter>`, ...); the kind stands in the file's metadata as `optim`. Where the state lies makes no
+    /// difference to the file.
     ///
     /// # Errors
-    /// The file cannot be read, is of another kind, holds other parameters than those registered, or numbers that no
-    /// optimizer could have written (not finite, a negative second moment). Nothing is changed then.
+    /// The file cannot be written, or a copy failed.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        file::save(path, self.config.kind, self.step, &self.trained, &self.pages)
+    }
+
+    /// Reads a state that [`Optimizer::save`] wrote for the same kind and the same parameters, wherever it lay.
+    ///
+    /// # Errors
+    /// The file cannot be read, is of another kind, holds other parameters than those of [`Optimizer::new`], or numbers that
+    /// no optimizer could have written (not finite, a negative second moment). Nothing is changed then.
     pub fn load(&mut self, path: &Path) -> Result<()> {
-        self.step = state::load(path, self.config.kind, &mut self.trained)?;
+        self.step = file::load(path, self.config.kind, &self.trained, &mut self.pages)?;
         Ok(())
     }
 }
 
-/// The parameters of a step by the operation that updates them.
-#[derive(Default)]
-struct Slots<'a> {
-    adamw: Vec<AdamwSlot<'a>>,
-    adamw_8bit: Vec<Adamw8bitSlot<'a>>,
-    sgd: Vec<SgdSlot<'a>>,
-    lion: Vec<LionSlot<'a>>,
-}
-
-impl Slots<'_> {
-    /// Step `t`, counted from 1.
-    fn update(&mut self, c: &OptimizerConfig, t: u64, clip: f64) -> Result<()> {
-        let clip = clip as f32;
-        let adamw = AdamW {
-            clip,
-            one_minus_beta1: (1.0 - c.beta1) as f32,
-            beta2: c.beta2 as f32,
-            one_minus_beta2: (1.0 - c.beta2) as f32,
-            sqrt_correction2: (1.0 - c.beta2.powf(t as f64)).sqrt() as f32,
-            epsilon: c.epsilon as f32,
-        };
-        let sgd = Sgd {
-            clip,
-            momentum: c.momentum as f32,
-        };
-        let lion = Lion {
-            clip,
-            beta1: c.beta1 as f32,
-            one_minus_beta1: (1.0 - c.beta1) as f32,
-            beta2: c.beta2 as f32,
-            one_minus_beta2: (1.0 - c.beta2) as f32,
-        };
-        ops::adamw(&mut self.adamw, &adamw)?;
-        ops::adamw_8bit(&mut self.adamw_8bit, &adamw)?;
-        ops::sgd(&mut self.sgd, &sgd)?;
-        ops::lion(&mut self.lion, &lion)
+fn unexpected(found: &str) -> Error {
+    Error::Shape {
+        operation: "Optimizer::step",
+        found: found.to_string(),
+        expected: "each parameter of the optimizer once, with its gradient".to_string(),
     }
 }

@@ -1,188 +1,200 @@
-//! What an optimizer remembers of each parameter, in memory and on disk.
-
-use std::collections::BTreeMap;
-use std::path::Path;
+//! What an optimizer remembers of each element, in parts.
 
 use super::groups::keeps_32_bits;
-use super::{OptimizerConfig, OptimizerKind, Trained};
-use crate::checkpoint::{read_metadata, read_tensors, refuse_non_finite, write_safetensors};
+use super::{OptimizerConfig, OptimizerKind};
 use crate::error::{Error, Result};
-use crate::ops::BLOCK_8BIT;
-use crate::tensor::{DType, Device, Tensor};
+use crate::ops::{self, AdamW, Adamw8bitSlot, AdamwSlot, BLOCK_8BIT, Lion, LionSlot, Sgd, SgdSlot, Span};
+use crate::tensor::{DType, Tensor};
 
-/// The key of the file's metadata that names the kind.
-const KIND: &str = "optim";
-const REMEDY: &str = "resume with the model and the flags that the run was started with";
-
-/// The state of one parameter. F32 and of the parameter's shape, but for the codes of 8 bits and their scales.
+/// A part of the state.
 #[derive(Debug)]
-pub(super) enum State {
-    /// The first and the second moment.
-    Adamw { exp_avg: Tensor, exp_avg_sq: Tensor },
-    /// Both moments in codes, U8, and the scale of every 256.
-    Adamw8bit {
-        state1: Tensor,
-        state2: Tensor,
-        absmax1: Tensor,
-        absmax2: Tensor,
-    },
-    /// Nothing without momentum.
-    Sgd { momentum_buffer: Option<Tensor> },
+pub(super) struct Part {
+    /// Its name in files: PyTorch's or bitsandbytes'.
+    pub name: &'static str,
+    /// The type of its elements.
+    pub dtype: DType,
+    /// How many elements of a parameter share one of its own.
+    pub per: usize,
+    /// Is no number of it below 0?
+    pub is_magnitude: bool,
+}
+
+impl Part {
+    const fn of_each(name: &'static str) -> Self {
+        Self {
+            name,
+            dtype: DType::F32,
+            per: 1,
+            is_magnitude: false,
+        }
+    }
+
+    /// Its elements for `n` of a parameter.
+    pub fn elements(&self, n: usize) -> usize {
+        n.div_ceil(self.per)
+    }
+
+    /// Its bytes for `n` elements of a parameter.
+    pub fn bytes(&self, n: usize) -> u64 {
+        (self.elements(n) * self.dtype.size()) as u64
+    }
+}
+
+/// How the state of a parameter is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    /// Both moments.
+    Adamw,
+    /// Both moments in codes, and the scale of every 256.
+    Adamw8bit,
+    /// Nothing.
+    Sgd,
     /// The momentum.
-    Lion { exp_avg: Tensor },
+    SgdMomentum,
+    /// The momentum.
+    Lion,
 }
 
-impl State {
-    /// The state before the first step.
-    pub fn new(config: &OptimizerConfig, name: &str, value: &Tensor) -> Result<Self> {
-        let zeros = || Tensor::zeros_on(value.device(), DType::F32, value.shape());
-        Ok(match config.kind {
-            OptimizerKind::Adamw8bit if !keeps_32_bits(name, value.elements()) => {
-                let blocks = value.elements().div_ceil(BLOCK_8BIT);
-                // Whatever the codes, a scale of 0 makes them 0.
-                let codes = || Tensor::zeros_on(value.device(), DType::U8, value.shape());
-                let absmax = || Tensor::zeros_on(value.device(), DType::F32, [blocks]);
-                State::Adamw8bit {
-                    state1: codes()?,
-                    state2: codes()?,
-                    absmax1: absmax()?,
-                    absmax2: absmax()?,
-                }
-            }
-            OptimizerKind::Adamw | OptimizerKind::Adamw8bit => State::Adamw {
-                exp_avg: zeros()?,
-                exp_avg_sq: zeros()?,
-            },
-            OptimizerKind::Sgd => State::Sgd {
-                momentum_buffer: (config.momentum != 0.0).then(zeros).transpose()?,
-            },
-            OptimizerKind::Lion => State::Lion { exp_avg: zeros()? },
-        })
+const ADAMW: [Part; 2] = [
+    Part::of_each("exp_avg"),
+    Part {
+        is_magnitude: true,
+        ..Part::of_each("exp_avg_sq")
+    },
+];
+const CODES: Part = Part {
+    dtype: DType::U8,
+    ..Part::of_each("state1")
+};
+const SCALES: Part = Part {
+    per: BLOCK_8BIT,
+    is_magnitude: true,
+    ..Part::of_each("absmax1")
+};
+const ADAMW_8BIT: [Part; 4] = [
+    CODES,
+    Part {
+        name: "state2",
+        ..CODES
+    },
+    SCALES,
+    Part {
+        name: "absmax2",
+        ..SCALES
+    },
+];
+const MOMENTUM: [Part; 1] = [Part::of_each("momentum_buffer")];
+const LION: [Part; 1] = [Part::of_each("exp_avg")];
+
+impl Format {
+    /// That of the parameter `name`.
+    pub fn of(config: &OptimizerConfig, name: &str, elements: usize) -> Self {
+        match config.kind {
+            OptimizerKind::Adamw8bit if !keeps_32_bits(name, elements) => Format::Adamw8bit,
+            OptimizerKind::Adamw | OptimizerKind::Adamw8bit => Format::Adamw,
+            OptimizerKind::Sgd if config.momentum == 0.0 => Format::Sgd,
+            OptimizerKind::Sgd => Format::SgdMomentum,
+            OptimizerKind::Lion => Format::Lion,
+        }
     }
 
-    /// Its tensors by their names in a file.
-    pub fn parts(&self) -> Vec<(&'static str, &Tensor)> {
+    /// Its parts, in the order of files. All are 0 before the first step: whatever codes mean, a scale of 0 makes them 0.
+    pub fn parts(self) -> &'static [Part] {
         match self {
-            State::Adamw { exp_avg, exp_avg_sq } => vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)],
-            State::Adamw8bit {
-                state1,
-                state2,
-                absmax1,
-                absmax2,
-            } => vec![
-                ("state1", state1),
-                ("state2", state2),
-                ("absmax1", absmax1),
-                ("absmax2", absmax2),
-            ],
-            State::Sgd { momentum_buffer } => momentum_buffer
-                .iter()
-                .map(|buffer| ("momentum_buffer", buffer))
-                .collect(),
-            State::Lion { exp_avg } => vec![("exp_avg", exp_avg)],
+            Format::Adamw => &ADAMW,
+            Format::Adamw8bit => &ADAMW_8BIT,
+            Format::Sgd => &[],
+            Format::SgdMomentum => &MOMENTUM,
+            Format::Lion => &LION,
         }
     }
 
-    /// The tensors of [`State::parts`], in that order.
-    fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+    /// Bytes of the state of `n` elements.
+    pub fn bytes(self, n: usize) -> u64 {
+        self.parts().iter().map(|part| part.bytes(n)).sum()
+    }
+
+    /// Where the state of a parameter may begin among that of others: at blocks of scales, else at 16 bytes.
+    pub fn alignment(self) -> usize {
         match self {
-            State::Adamw { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
-            State::Adamw8bit {
-                state1,
-                state2,
-                absmax1,
-                absmax2,
-            } => vec![state1, state2, absmax1, absmax2],
-            State::Sgd { momentum_buffer } => momentum_buffer.iter_mut().collect(),
-            State::Lion { exp_avg } => vec![exp_avg],
+            Format::Adamw8bit => BLOCK_8BIT,
+            _ => 4,
         }
     }
 }
 
-/// Is no number of this part below 0?
-fn is_magnitude(part: &str) -> bool {
-    matches!(part, "exp_avg_sq" | "absmax1" | "absmax2")
+/// What a step does to every element, whatever its parameter.
+#[derive(Debug)]
+pub(super) struct Rule {
+    config: OptimizerConfig,
+    correction1: f64,
+    adamw: AdamW,
+    sgd: Sgd,
+    lion: Lion,
 }
 
-pub(super) fn save(path: &Path, kind: OptimizerKind, step: u64, trained: &[Trained]) -> Result<()> {
-    let mut tensors = vec![("step".to_string(), Tensor::from_slice(&[step as i64], [1]))];
-    for t in trained {
-        for (part, tensor) in t.state.parts() {
-            tensors.push((format!("{part}.{}", t.name), tensor.to_device(Device::Cpu)?));
+impl Rule {
+    /// Step `t`, counted from 1, with gradients that are multiplied by `clip`.
+    pub fn new(c: &OptimizerConfig, t: u64, clip: f64) -> Self {
+        let clip = clip as f32;
+        Self {
+            config: *c,
+            correction1: 1.0 - c.beta1.powf(t as f64),
+            adamw: AdamW {
+                clip,
+                one_minus_beta1: (1.0 - c.beta1) as f32,
+                beta2: c.beta2 as f32,
+                one_minus_beta2: (1.0 - c.beta2) as f32,
+                sqrt_correction2: (1.0 - c.beta2.powf(t as f64)).sqrt() as f32,
+                epsilon: c.epsilon as f32,
+            },
+            sgd: Sgd {
+                clip,
+                momentum: c.momentum as f32,
+            },
+            lion: Lion {
+                clip,
+                beta1: c.beta1 as f32,
+                one_minus_beta1: (1.0 - c.beta1) as f32,
+                beta2: c.beta2 as f32,
+                one_minus_beta2: (1.0 - c.beta2) as f32,
+            },
         }
     }
-    let tensors: Vec<(String, &Tensor)> = tensors.iter().map(|(name, t)| (name.clone(), t)).collect();
-    let metadata = BTreeMap::from([
-        ("format".to_string(), "pt".to_string()),
-        (KIND.to_string(), kind.name().to_string()),
-    ]);
-    write_safetensors(path, &tensors, &metadata)
-}
 
-/// Fills the states; the result is the number of steps taken.
-pub(super) fn load(path: &Path, kind: OptimizerKind, trained: &mut [Trained]) -> Result<u64> {
-    let mut tensors = read_tensors(path)?;
-    let metadata = read_metadata(path)?;
-    // Files of the first version, which had one optimizer, do not name it.
-    let found = metadata.get(KIND).map_or("adamw", String::as_str);
-    if found != kind.name() {
-        let found = format!("the state of optimizer {found}");
-        let expected = format!("that of {}", kind.name());
-        return Err(Error::input(path.display(), found, expected, REMEDY));
-    }
-    let mut take = |name: &str, like: Option<&Tensor>| -> Result<Tensor> {
-        let place = format!("{}: {name}", path.display());
-        let found = tensors
-            .remove(name)
-            .ok_or_else(|| Error::input(&place, "nothing", "a tensor", REMEDY))?;
-        let (dtype, shape) = like.map_or((DType::I64, [1].into()), |t| (t.dtype(), t.shape()));
-        if (found.dtype(), found.shape()) != (dtype, shape) {
-            let is = format!("{} {}", found.dtype(), found.shape());
-            return Err(Error::input(place, is, format!("{dtype} {shape}"), REMEDY));
+    /// The rate and the decay of a [`Span`] of a parameter with this learning rate.
+    pub fn rate_and_decay(&self, rate: f64, decayed: bool) -> (f32, f32) {
+        let weight_decay = if decayed { self.config.weight_decay } else { 0.0 };
+        let decay = (1.0 - rate * weight_decay) as f32;
+        match self.config.kind {
+            OptimizerKind::Adamw | OptimizerKind::Adamw8bit => ((rate / self.correction1) as f32, decay),
+            OptimizerKind::Sgd => (rate as f32, weight_decay as f32),
+            OptimizerKind::Lion => (rate as f32, decay),
         }
-        Ok(found)
-    };
-    let step = take("step", None)?.as_slice::<i64>()[0];
-    let step = u64::try_from(step)
-        .map_err(|_| Error::input(format!("{}: step", path.display()), step, "a step from 0", REMEDY))?;
-    // Everything is checked before anything is changed.
-    let mut read = Vec::new();
-    for t in trained.iter() {
-        for (part, like) in t.state.parts() {
-            let name = format!("{part}.{}", t.name);
-            let tensor = take(&name, Some(like))?;
-            let place = format!("{}: {name}", path.display());
-            refuse_non_finite(&place, &tensor)?;
-            if is_magnitude(part) {
-                refuse_negative(&place, tensor.as_slice())?;
+    }
+
+    /// Updates parameters whose state is `state`, the parts of `format`.
+    pub fn apply(&self, format: Format, state: &mut [Tensor], spans: Vec<Span<'_>>) -> Result<()> {
+        match (format, state) {
+            (Format::Adamw, [m, v]) => ops::adamw(&mut [AdamwSlot { m, v, spans }], &self.adamw),
+            (Format::Adamw8bit, [m, v, m_absmax, v_absmax]) => {
+                let slot = Adamw8bitSlot {
+                    m,
+                    v,
+                    m_absmax,
+                    v_absmax,
+                    spans,
+                };
+                ops::adamw_8bit(&mut [slot], &self.adamw)
             }
-            read.push(tensor);
+            (Format::Sgd, []) => ops::sgd(&mut [SgdSlot { m: None, spans }], &self.sgd),
+            (Format::SgdMomentum, [m]) => ops::sgd(&mut [SgdSlot { m: Some(m), spans }], &self.sgd),
+            (Format::Lion, [m]) => ops::lion(&mut [LionSlot { m, spans }], &self.lion),
+            (format, state) => Err(Error::Shape {
+                operation: "Optimizer::step",
+                found: format!("a state of {} parts", state.len()),
+                expected: format!("the {} of {format:?}", format.parts().len()),
+            }),
         }
-    }
-    if let Some(name) = tensors.keys().next() {
-        return Err(Error::input(
-            path.display(),
-            format!("{name}, which belongs to nothing that trains now"),
-            format!("the state of {} parameters", trained.len()),
-            REMEDY,
-        ));
-    }
-    // Copied: what was read may be mapped, the state is written.
-    let states = trained.iter_mut().flat_map(|t| t.state.tensors_mut());
-    for (to, from) in states.zip(&read) {
-        to.copy_from(from)?;
-    }
-    Ok(step)
-}
-
-fn refuse_negative(place: &str, values: &[f32]) -> Result<()> {
-    match values.iter().position(|&x| x < 0.0) {
-        None => Ok(()),
-        Some(i) => Err(Error::input(
-            format!("{place}[{i}]"),
-            values[i],
-            "a number from 0",
-            "the file is damaged: resume from another checkpoint",
-        )),
     }
 }

@@ -1,12 +1,15 @@
 use super::*;
-use crate::tensor::{Shape, Tensor};
+use crate::ops;
+use crate::tensor::{DType, Shape, Tensor};
 
 fn param(value: &[f32], grad: &[f32]) -> Param {
-    let shape = [value.len()];
-    Param {
-        value: Tensor::from_slice(value, shape),
-        grad: Some(Tensor::from_slice(grad, shape)),
-    }
+    let mut param = Param::trainable(Tensor::from_slice(value, [value.len()])).unwrap();
+    param.grad.as_mut().unwrap().write(grad).unwrap();
+    param
+}
+
+fn of_one(config: OptimizerConfig, param: &Param) -> Optimizer {
+    Optimizer::new(config, &StateStorage::default(), |visit| visit("w", param)).unwrap()
 }
 
 /// Walks `steps` steps down `(p - 1)^2 / 2` from 3 and -1 with gradients that are halved by clipping, and holds the result
@@ -19,8 +22,7 @@ fn walks_the_path_of(
 ) {
     const RATE: f64 = 0.05;
     let mut p = param(&[3.0, -1.0], &[0.0, 0.0]);
-    let mut optimizer = Optimizer::new(config);
-    optimizer.register("w", &p).unwrap();
+    let mut optimizer = of_one(config, &p);
     let mut want = [3.0, -1.0];
     for t in 1..=steps {
         let gradient: Vec<f32> = p.value.as_slice::<f32>().iter().map(|p| p - 1.0).collect();
@@ -88,8 +90,7 @@ fn lion_walks_the_path_of_the_formula() {
 #[test]
 fn lion_stands_still_where_there_is_no_gradient() {
     let mut p = param(&[3.0], &[0.0]);
-    let mut optimizer = Optimizer::new(OptimizerConfig::of(OptimizerKind::Lion));
-    optimizer.register("w", &p).unwrap();
+    let mut optimizer = of_one(OptimizerConfig::of(OptimizerKind::Lion), &p);
     optimizer.step(0.1, 1.0, |visit| visit("w", &mut p)).unwrap();
     assert_eq!(p.value.as_slice::<f32>(), [3.0]);
 }
@@ -124,11 +125,10 @@ fn run(optimizer: &mut Optimizer, params: &mut [(String, Param)], steps: std::op
 }
 
 fn registered(config: OptimizerConfig, params: &[(String, Param)]) -> Optimizer {
-    let mut optimizer = Optimizer::new(config);
-    params
-        .iter()
-        .for_each(|(name, param)| optimizer.register(name, param).unwrap());
-    optimizer
+    Optimizer::new(config, &StateStorage::default(), |visit| {
+        params.iter().try_for_each(|(name, param)| visit(name, param))
+    })
+    .unwrap()
 }
 
 fn every_kind() -> Vec<OptimizerConfig> {
@@ -374,13 +374,11 @@ fn large_parameters_update_as_small_ones_and_their_norm_does_not_depend_on_the_t
     let values: Vec<f32> = (0..n).map(|i| stream.normal(i)).collect();
     let gradients: Vec<f32> = (0..n).map(|i| stream.normal(i + n)).collect();
     let mut whole = param(&values, &gradients);
-    let mut optimizer = Optimizer::new(OptimizerConfig::default());
-    optimizer.register("w", &whole).unwrap();
+    let mut optimizer = of_one(OptimizerConfig::default(), &whole);
     optimizer.step(0.01, 0.5, |visit| visit("w", &mut whole)).unwrap();
     for i in [0usize, 32_767, 32_768, 100_002] {
         let mut one = param(&values[i..=i], &gradients[i..=i]);
-        let mut optimizer = Optimizer::new(OptimizerConfig::default());
-        optimizer.register("w", &one).unwrap();
+        let mut optimizer = of_one(OptimizerConfig::default(), &one);
         optimizer.step(0.01, 0.5, |visit| visit("w", &mut one)).unwrap();
         assert_eq!(
             one.value.as_slice::<f32>()[0],
@@ -417,13 +415,16 @@ fn biases_and_layer_norms_are_not_decayed_but_lora_is() {
     assert!(is_decayed(
         "base_model.model.transformer.layers.0.mlp.dense_h_to_4h.lora_A.weight"
     ));
-    let mut optimizer = Optimizer::new(OptimizerConfig {
+    let config = OptimizerConfig {
         weight_decay: 0.5,
         ..OptimizerConfig::default()
-    });
+    };
     let (mut weight, mut bias) = (param(&[1.0], &[0.0]), param(&[1.0], &[0.0]));
-    optimizer.register("a.weight", &weight).unwrap();
-    optimizer.register("a.bias", &bias).unwrap();
+    let mut optimizer = Optimizer::new(config, &StateStorage::default(), |visit| {
+        visit("a.weight", &weight)?;
+        visit("a.bias", &bias)
+    })
+    .unwrap();
     optimizer
         .step(0.5, 1.0, |visit| {
             visit("a.weight", &mut weight)?;
@@ -441,17 +442,65 @@ fn clipping_is_that_of_torch() {
 }
 
 #[test]
-fn parameters_in_another_order_are_an_error() {
-    let (mut a, mut b) = (param(&[1.0], &[1.0]), param(&[1.0], &[1.0]));
-    let mut optimizer = Optimizer::new(OptimizerConfig::default());
-    optimizer.register("a", &a).unwrap();
-    optimizer.register("b", &b).unwrap();
+fn every_parameter_takes_a_step_once() {
+    let mut frozen = Param::frozen(Tensor::zeros(DType::F32, [3]));
+    let mut params = parameters();
+    let mut optimizer = registered(OptimizerConfig::default(), &params);
+    let before: Vec<Vec<u8>> = params.iter().map(|(_, p)| p.value.bytes().to_vec()).collect();
+    for (_, param) in &mut params {
+        let ones = vec![1f32; param.value.elements()];
+        param.grad.as_mut().unwrap().write(&ones).unwrap();
+    }
+    let [(a_name, a), (b_name, b), (c_name, c)] = &mut params[..] else {
+        panic!("three parameters");
+    };
+    // Twice, too few, an unknown one, and one whose gradient is lent to nobody: nothing is updated.
+    let mut twice = a.clone();
     let wrong = optimizer.step(0.1, 1.0, |visit| {
-        visit("a", &mut a)?;
-        visit("a", &mut b)
+        visit(a_name, a)?;
+        visit(a_name, &mut twice)?;
+        visit(b_name, b)
     });
     assert!(wrong.is_err());
-    assert!(optimizer.step(0.1, 1.0, |visit| visit("a", &mut a)).is_err());
+    let wrong = optimizer.step(0.1, 1.0, |visit| {
+        visit(a_name, a)?;
+        visit(b_name, b)
+    });
+    let error = wrong.unwrap_err().to_string();
+    assert!(error.contains("the end before a.bias"), "{error}");
+    assert!(optimizer.update(0.1, 1.0, |visit| visit("d", c)).is_err());
+    let mut poor = Param::borrowing(c.value.clone());
+    assert!(
+        optimizer
+            .update(0.1, 1.0, |visit| visit(c_name, &mut poor))
+            .is_err()
+    );
+    assert!(
+        [&*a, &*b, &*c]
+            .iter()
+            .zip(&before)
+            .all(|(p, b)| p.value.bytes() == b)
+    );
     assert_eq!(optimizer.steps(), 0);
-    assert_eq!(a.value.as_slice::<f32>(), [1.0], "nothing is updated");
+    // In parts, in any order, what does not train passed over.
+    optimizer.update(0.1, 1.0, |visit| visit(c_name, c)).unwrap();
+    assert!(optimizer.update(0.1, 1.0, |visit| visit(c_name, c)).is_err());
+    optimizer
+        .update(0.1, 1.0, |visit| {
+            visit(a_name, a)?;
+            visit("frozen", &mut frozen)?;
+            visit(b_name, b)
+        })
+        .unwrap();
+    optimizer.end().unwrap();
+    assert_eq!(optimizer.steps(), 1);
+    assert!(
+        [&*a, &*b, &*c]
+            .iter()
+            .zip(&before)
+            .all(|(p, b)| p.value.bytes() != b)
+    );
+    optimizer.update(0.1, 1.0, |visit| visit(b_name, b)).unwrap();
+    assert!(optimizer.end().is_err(), "two of three are missing");
+    assert_eq!(optimizer.steps(), 1);
 }

@@ -1,6 +1,6 @@
 //! The optimizer over many parameters at once, and the search for what is no number.
 
-use glmtune::ops::{self, Adamw8bitSlot, AdamwSlot, LionSlot, SgdSlot};
+use glmtune::ops::{self, Adamw8bitSlot, AdamwSlot, LionSlot, SgdSlot, Span};
 use glmtune::tensor::{DType, Device, Tensor};
 
 use super::{TYPES, assert_matches, device, down, random, twice, up, wide};
@@ -75,15 +75,9 @@ fn adamw() {
             .zip(m.iter_mut().zip(&mut v))
             .enumerate()
             .map(|(i, ((p, g), (m, v)))| {
-                let (decay, step_size) = decay_and_rate(i);
-                AdamwSlot {
-                    p,
-                    g,
-                    m,
-                    v,
-                    decay,
-                    step_size,
-                }
+                let (decay, rate) = decay_and_rate(i);
+                let spans = vec![Span::whole(p, g, rate, decay)];
+                AdamwSlot { m, v, spans }
             })
             .collect();
         ops::adamw(&mut slots, &ADAMW).unwrap();
@@ -108,16 +102,13 @@ fn adamw_8bit() {
             let scales = m_absmax.iter_mut().zip(&mut v_absmax);
             let all = p.iter_mut().zip(&g).zip(codes.zip(scales)).enumerate();
             for (i, ((p, g), ((m, v), (m_absmax, v_absmax)))) in all {
-                let (decay, step_size) = decay_and_rate(i);
+                let (decay, rate) = decay_and_rate(i);
                 slots.push(Adamw8bitSlot {
-                    p,
-                    g,
                     m,
                     v,
                     m_absmax,
                     v_absmax,
-                    decay,
-                    step_size,
+                    spans: vec![Span::whole(p, g, rate, decay)],
                 });
             }
             ops::adamw_8bit(&mut slots, &ops::AdamW { clip, ..ADAMW }).unwrap();
@@ -137,12 +128,9 @@ fn sgd() {
             for (i, ((p, g), m)) in p.iter_mut().zip(&g).zip(&mut m).enumerate() {
                 let (weight_decay, rate) = decay_and_rate(i);
                 slots.push(SgdSlot {
-                    p,
-                    g,
                     // Both kinds in one launch.
                     m: (momentum || i.is_multiple_of(4)).then_some(m),
-                    rate,
-                    weight_decay,
+                    spans: vec![Span::whole(p, g, rate, weight_decay)],
                 });
             }
             let factors = ops::Sgd {
@@ -165,7 +153,8 @@ fn lion() {
         let mut slots = Vec::new();
         for (i, ((p, g), m)) in p.iter_mut().zip(&g).zip(&mut m).enumerate() {
             let (decay, rate) = decay_and_rate(i);
-            slots.push(LionSlot { p, g, m, rate, decay });
+            let spans = vec![Span::whole(p, g, rate, decay)];
+            slots.push(LionSlot { m, spans });
         }
         let factors = ops::Lion {
             clip: 0.7,
@@ -177,6 +166,109 @@ fn lion() {
         ops::lion(&mut slots, &factors).unwrap();
         p.into_iter().chain(m).collect()
     });
+}
+
+/// Ranges of parameters and gradients whose state shares tensors, around vectors, blocks and chunks; what lies between the
+/// ranges stays as it is.
+#[test]
+fn spans() {
+    // Where they begin in the parameter, the gradient and the state, and how long they are.
+    let ranges = [
+        (0, 256, 0, 1000),
+        (5, 3, 1024, 16_390),
+        (256, 512, 17_920, 1),
+        (1, 0, 18_176, 259),
+        (4, 8, 18_688, 16_384),
+    ];
+    const STATE: usize = 36_000;
+    for rule in 0..4 {
+        has_the_bits_of_the_cpu(&format!("spans {rule}"), |device| {
+            let tensor = |n: usize, seed| up(device, &random(DType::F32, [n], seed, 1.0));
+            let mut p: Vec<Tensor> = (0..5).map(|i| tensor(17_000, i)).collect();
+            let g: Vec<Tensor> = (0..5).map(|i| tensor(17_000, 10 + i)).collect();
+            let mut squares = random(DType::F32, [STATE], 21, 1.0);
+            squares.as_mut_slice::<f32>().iter_mut().for_each(|x| *x *= *x);
+            let (mut m, mut v) = (tensor(STATE, 20), up(device, &squares));
+            let codes = || Tensor::zeros_on(device, DType::U8, [STATE]).unwrap();
+            let scales = || Tensor::zeros_on(device, DType::F32, [STATE.div_ceil(ops::BLOCK_8BIT)]).unwrap();
+            let [mut m_codes, mut v_codes] = [codes(), codes()];
+            let [mut m_absmax, mut v_absmax] = [scales(), scales()];
+            for _ in 0..2 {
+                let all = p.iter_mut().zip(&g).zip(ranges).enumerate();
+                let spans = all.map(|(i, ((p, g), (p_at, g_at, state_at, len)))| {
+                    let (decay, rate) = decay_and_rate(i);
+                    Span {
+                        p,
+                        g,
+                        p_at,
+                        g_at,
+                        state_at,
+                        len,
+                        rate,
+                        decay,
+                    }
+                });
+                let spans: Vec<Span> = spans.collect();
+                match rule {
+                    0 => {
+                        let (m, v) = (&mut m, &mut v);
+                        ops::adamw(&mut [AdamwSlot { m, v, spans }], &ADAMW)
+                    }
+                    1 => {
+                        let slot = Adamw8bitSlot {
+                            m: &mut m_codes,
+                            v: &mut v_codes,
+                            m_absmax: &mut m_absmax,
+                            v_absmax: &mut v_absmax,
+                            spans,
+                        };
+                        ops::adamw_8bit(&mut [slot], &ADAMW)
+                    }
+                    2 => {
+                        let factors = ops::Sgd {
+                            clip: 0.7,
+                            momentum: 0.9,
+                        };
+                        let m = Some(&mut m);
+                        ops::sgd(&mut [SgdSlot { m, spans }], &factors)
+                    }
+                    _ => {
+                        let factors = ops::Lion {
+                            clip: 0.7,
+                            beta1: 0.9,
+                            one_minus_beta1: 0.1,
+                            beta2: 0.99,
+                            one_minus_beta2: 0.01,
+                        };
+                        ops::lion(&mut [LionSlot { m: &mut m, spans }], &factors)
+                    }
+                }
+                .unwrap();
+            }
+            p.extend([m, v, m_codes, v_codes, m_absmax, v_absmax]);
+            p
+        });
+    }
+}
+
+#[test]
+fn round_into() {
+    for dtype in [DType::F16, DType::BF16] {
+        for (range, at) in [
+            (0..5000, 0),
+            (256..4097, 512),
+            (3..4000, 1),
+            (7..8, 4999),
+            (9..9, 5000),
+        ] {
+            has_the_bits_of_the_cpu(&format!("round_into {dtype} {range:?}"), |device| {
+                let from = up(device, &random(DType::F32, [5000], 1, 1.0));
+                let mut to = up(device, &random(dtype, [5000], 2, 1.0));
+                ops::round_into(&from, range.clone(), &mut to, at).unwrap();
+                vec![to]
+            });
+        }
+    }
 }
 
 #[test]

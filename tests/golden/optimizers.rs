@@ -4,7 +4,7 @@ use glmtune::checkpoint::read_tensors;
 use glmtune::config::LossReduction;
 use glmtune::model::tune;
 use glmtune::nn::Param;
-use glmtune::optim::{Optimizer, OptimizerConfig, OptimizerKind};
+use glmtune::optim::{Optimizer, OptimizerConfig, OptimizerKind, StateStorage};
 use glmtune::schedule::{Schedule, Scheduler};
 use glmtune::tensor::{Compute, DType, Tensor};
 use glmtune::train::{Options, Trainer};
@@ -33,9 +33,6 @@ fn made(n: usize, seed: u64) -> Vec<f32> {
 
 /// Parameter and optimizer after steps `from..=to` of a case.
 fn walk(optimizer: &mut Optimizer, p: &mut Param, rate: f64, steps: std::ops::RangeInclusive<u64>) {
-    if optimizer.is_empty() {
-        optimizer.register("w", p).unwrap();
-    }
     for t in steps {
         let gradient = made(p.value.elements(), t);
         p.grad.as_mut().unwrap().write(&gradient).unwrap();
@@ -45,6 +42,10 @@ fn walk(optimizer: &mut Optimizer, p: &mut Param, rate: f64, steps: std::ops::Ra
 
 fn parameter(n: usize) -> Param {
     Param::trainable(Tensor::from_slice(&made(n, 0), [n])).unwrap()
+}
+
+fn of(config: OptimizerConfig, p: &Param) -> Optimizer {
+    Optimizer::new(config, &StateStorage::default(), |visit| visit("w", p)).unwrap()
 }
 
 fn config(case: &Value) -> OptimizerConfig {
@@ -72,7 +73,7 @@ fn steps_are_those_of_pytorch() {
     for case in cases {
         let mut p = parameter(n);
         let steps = goldens["steps"].as_u64().unwrap();
-        let mut optimizer = Optimizer::new(config(case));
+        let mut optimizer = of(config(case), &p);
         walk(
             &mut optimizer,
             &mut p,
@@ -99,7 +100,7 @@ fn eight_bit_steps_are_those_of_bitsandbytes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("optimizer.safetensors");
     let mut p = parameter(n);
-    let mut optimizer = Optimizer::new(config(case));
+    let mut optimizer = of(config(case), &p);
     let mut done = 0;
     for snapshot in case["snapshots"].as_array().unwrap() {
         let step = snapshot["step"].as_u64().unwrap();
@@ -168,6 +169,7 @@ fn train(kind: OptimizerKind, steps: usize) -> Option<(Vec<f64>, usize)> {
             ..Schedule::default()
         },
         max_grad_norm: 1.0,
+        in_backward: false,
         reduction: LossReduction::Token,
         seed: 0,
     };
