@@ -49,6 +49,7 @@ fn options() -> Options {
             ..Schedule::default()
         },
         max_grad_norm: 1.0,
+        in_backward: false,
         reduction: LossReduction::Token,
         seed: 7,
     }
@@ -67,7 +68,11 @@ fn model(compute: Compute, dropout: f64) -> Option<Model> {
         quant_type: QuantType::Nf4,
         double_quant: true,
     };
-    let load = LoadOptions { compute, weights };
+    let load = LoadOptions {
+        compute,
+        weights,
+        ..LoadOptions::default()
+    };
     let mut model = Model::load(&Checkpoint::open(&checkpoint()?).unwrap(), &load).unwrap();
     let targets = tune::LoraTarget::ALL.to_vec();
     tune::apply(

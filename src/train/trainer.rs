@@ -3,16 +3,18 @@
 use std::borrow::Borrow;
 
 use super::LossScale;
+use super::in_backward::{InBackward, Pass, Update};
 use crate::config::LossReduction;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::evaluate::{self, LossMetrics};
-use crate::model::{Model, Workspace};
+use crate::model::{LayerPolicy, Model, Workspace};
 use crate::ops;
-use crate::optim::{Optimizer, OptimizerConfig, clip_factor, group_of};
+use crate::optim::{Optimizer, OptimizerConfig, StateStorage, clip_factor, group_of};
 use crate::rng::Stream;
 use crate::schedule::Schedule;
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::ledger::account;
+use crate::tensor::{DType, Device};
 
 /// Keeps the dropout masks apart from everything else that is drawn from the same seed.
 const DROPOUT: u64 = 0x6472_6f70_6f75_7400;
@@ -26,6 +28,9 @@ pub struct Options {
     pub schedule: Schedule,
     /// The global gradient norm is clipped to this; 0 turns clipping off.
     pub max_grad_norm: f64,
+    /// Is each layer updated in the backward pass, as soon as its gradients are there? Then a step is one micro-batch, and gradients
+    /// of one layer are held at a time.
+    pub in_backward: bool,
     /// How the micro-batches of a step are averaged.
     pub reduction: LossReduction,
     /// Seed of dropout.
@@ -63,10 +68,13 @@ pub struct Trainer {
     /// Steps done, those left out included.
     steps: u64,
     groups: Groups,
+    in_backward: Option<InBackward>,
 }
 
 /// The parameters that train, in groups for reporting.
 struct Groups {
+    /// The name of each parameter, in model order.
+    parameters: Vec<String>,
     names: Vec<String>,
     /// The group of each parameter, in model order.
     of: Vec<usize>,
@@ -75,26 +83,41 @@ struct Groups {
 impl Groups {
     fn new(model: &Model) -> Self {
         let (mut names, mut of): (Vec<String>, _) = (Vec::new(), Vec::new());
+        let mut parameters = Vec::new();
         model.for_each_param(&mut |name, param| {
             if param.trains() {
                 let group = group_of(name);
                 let known = names.iter().position(|known| *known == group);
+                parameters.push(name.to_string());
                 of.push(known.unwrap_or(names.len()));
                 if known.is_none() {
                     names.push(group);
                 }
             }
         });
-        Self { names, of }
+        Self {
+            parameters,
+            names,
+            of,
+        }
     }
 }
 
-/// Loss and gradient norm of a step.
+/// Loss and gradients of a step.
 struct Gradients {
     loss: f64,
-    norm: f64,
-    groups: Vec<f64>,
+    /// `Σ g²` of every parameter that trains, in model order.
+    squares: Vec<f64>,
+    /// What the gradients are multiplied by.
+    loss_scale: f64,
     masked: usize,
+}
+
+impl Gradients {
+    /// Their global L2 norm.
+    fn norm(&self) -> f64 {
+        self.squares.iter().sum::<f64>().sqrt() / self.loss_scale
+    }
 }
 
 impl Trainer {
@@ -103,8 +126,45 @@ impl Trainer {
     /// # Errors
     /// No parameter of the model trains, or the activations cannot be reserved.
     pub fn new(model: Model, options: Options, max_size: usize, max_len: usize) -> Result<Self> {
-        let mut optimizer = Optimizer::new(options.optimizer);
-        model.try_for_each_param(&mut |name, param| optimizer.register(name, param))?;
+        Self::with_policies(model, options, max_size, max_len, &[])
+    }
+
+    /// [`Trainer::new`], with what each layer keeps ([`Model::workspace_with`]).
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn with_policies(
+        model: Model,
+        options: Options,
+        max_size: usize,
+        max_len: usize,
+        policies: &[LayerPolicy],
+    ) -> Result<Self> {
+        Self::with_memory(
+            model,
+            options,
+            max_size,
+            max_len,
+            policies,
+            &StateStorage::default(),
+        )
+    }
+
+    /// [`Trainer::with_policies`], with the place of the optimizer's state.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; what holds the state has no room.
+    pub fn with_memory(
+        mut model: Model,
+        options: Options,
+        max_size: usize,
+        max_len: usize,
+        policies: &[LayerPolicy],
+        state: &StateStorage,
+    ) -> Result<Self> {
+        let optimizer = account("optimizer", || {
+            Optimizer::new(options.optimizer, state, |visit| model.try_for_each_param(visit))
+        })?;
         if optimizer.is_empty() {
             return Err(Error::input(
                 "model",
@@ -113,7 +173,11 @@ impl Trainer {
                 "choose another --lora-target",
             ));
         }
-        let workspace = model.workspace(max_size, max_len)?;
+        let in_backward = match options.in_backward {
+            true => Some(InBackward::new(&mut model)?),
+            false => None,
+        };
+        let workspace = model.workspace_with(max_size, max_len, policies)?;
         let loss_scale = (model.dtype() == DType::F16).then(LossScale::default);
         Ok(Self {
             steps: 0,
@@ -123,6 +187,7 @@ impl Trainer {
             workspace,
             options,
             loss_scale,
+            in_backward,
         })
     }
 
@@ -139,6 +204,11 @@ impl Trainer {
     /// The optimizer, to load its state.
     pub fn optimizer_mut(&mut self) -> &mut Optimizer {
         &mut self.optimizer
+    }
+
+    /// Bytes of the gradient buffers that layers share.
+    pub fn lent_bytes(&self) -> usize {
+        self.in_backward.as_ref().map_or(0, InBackward::bytes)
     }
 
     /// Loss scaling, when computing in fp16.
@@ -173,10 +243,13 @@ impl Trainer {
 
     /// Takes one optimizer step on the mean loss over `micro_batches`.
     ///
-    /// Nothing is updated when a loss or gradient is not finite.
+    /// Nothing is updated when a loss or gradient is not finite; but a step in one backward pass, which without clipping and
+    /// loss scale is all that [`Options::in_backward`] takes, may have updated some layers when it meets such a gradient in
+    /// another. It then says so, and neither goes on nor calls the model finite.
     ///
     /// # Errors
-    /// A batch is larger than planned; no batch has a supervised token; a loss or a gradient is not finite.
+    /// A batch is larger than planned; no batch has a supervised token; a loss or a gradient is not finite; there are
+    /// several micro-batches with [`Options::in_backward`].
     pub fn step(&mut self, micro_batches: &[Batch]) -> Result<StepReport> {
         let step = self.steps + 1;
         let supervised: usize = micro_batches.iter().map(Batch::supervised).sum();
@@ -189,8 +262,20 @@ impl Trainer {
                 remedy,
             ));
         }
+        if let Some(in_backward) = &self.in_backward {
+            in_backward.check(micro_batches.len())?;
+        }
         let before = self.loss_scale;
-        let gradients = self.finite_gradients(step, supervised, micro_batches);
+        let learning_rate = self.options.schedule.rate(step - 1);
+        let gradients = match self.in_backward.take() {
+            None => self.step_after_backward(step, supervised, learning_rate, micro_batches),
+            Some(mut in_backward) => {
+                let gradients =
+                    self.step_in_backward(&mut in_backward, step, learning_rate, &micro_batches[0]);
+                self.in_backward = Some(in_backward);
+                gradients
+            }
+        };
         let gradients = gradients.inspect_err(|_| {
             // No scale helped: it is not to blame, and the next step begins where this one did.
             self.loss_scale = before.zip(self.loss_scale).map(|(before, now)| LossScale {
@@ -198,50 +283,182 @@ impl Trainer {
                 ..before
             });
         })?;
-        let clip = match self.options.max_grad_norm {
-            0.0 => 1.0,
-            max => clip_factor(gradients.norm, max),
-        };
-        let learning_rate = self.options.schedule.rate(step - 1);
-        let scale = self.loss_scale.map_or(1.0, |s| s.scale);
-        self.optimizer.step(learning_rate, clip / scale, |visit| {
-            self.model.for_each_param_mut(visit)
-        })?;
         if let Some(scale) = &mut self.loss_scale {
             scale.advance();
         }
         self.steps = step;
+        let mut groups = vec![0.0; self.groups.names.len()];
+        for (&group, square) in self.groups.of.iter().zip(&gradients.squares) {
+            groups[group] += square;
+        }
+        let groups = groups
+            .into_iter()
+            .map(|square| square.sqrt() / gradients.loss_scale);
         Ok(StepReport {
             step,
             loss: gradients.loss,
             supervised,
-            grad_norm: gradients.norm,
-            groups: self.groups.names.iter().cloned().zip(gradients.groups).collect(),
+            grad_norm: gradients.norm(),
+            groups: self.groups.names.iter().cloned().zip(groups).collect(),
             learning_rate,
             loss_scale: self.loss_scale,
             masked: gradients.masked,
         })
     }
 
-    /// [`Trainer::gradients`], in fp16 with the largest loss scale under which they are finite.
-    fn finite_gradients(
+    /// Runs forward and backward passes of a batch as a step does, and updates nothing: whatever a driver reserves when something
+    /// is used first, it reserves now. A loss or gradient that is no number is left to the steps to tell.
+    ///
+    /// # Errors
+    /// The device has no room, or fails.
+    pub fn rehearse(&mut self, batch: &Batch) -> Result<()> {
+        if batch.supervised() == 0 {
+            return Ok(());
+        }
+        let rehearsed = match self.in_backward.take() {
+            None => self
+                .gradients(0, batch.supervised(), std::slice::from_ref(batch))
+                .map(|_| ()),
+            Some(mut in_backward) => {
+                let done = self.rehearse_in_backward(&mut in_backward, batch);
+                self.in_backward = Some(in_backward);
+                done
+            }
+        };
+        match rehearsed {
+            Err(Error::NonFinite { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn rehearse_in_backward(&mut self, in_backward: &mut InBackward, batch: &Batch) -> Result<()> {
+        let dropout = Stream::new(self.options.seed ^ DROPOUT, 0);
+        self.model.loss_to_learn(&mut self.workspace, batch, dropout)?;
+        let mut squares = vec![0.0; self.groups.parameters.len()];
+        let pass = Pass {
+            step: 0,
+            scale: 1.0 / batch.supervised() as f64,
+            dropout,
+            squares: Some(&mut squares),
+            update: None,
+        };
+        in_backward.run(&mut self.model, &mut self.workspace, pass)
+    }
+
+    /// All gradients, then the update.
+    fn step_after_backward(
         &mut self,
         step: u64,
         supervised: usize,
+        learning_rate: f64,
         micro_batches: &[Batch],
     ) -> Result<Gradients> {
+        let gradients = self.finite(step, |trainer| trainer.gradients(step, supervised, micro_batches))?;
+        let clip = self.clip(&gradients);
+        self.optimizer
+            .step(learning_rate, clip, |visit| self.model.for_each_param_mut(visit))?;
+        Ok(gradients)
+    }
+
+    /// Each layer's update as soon as its gradients are there; when the gradients may have to be clipped or a loss scale changed, in
+    /// a second backward pass.
+    fn step_in_backward(
+        &mut self,
+        in_backward: &mut InBackward,
+        step: u64,
+        learning_rate: f64,
+        batch: &Batch,
+    ) -> Result<Gradients> {
+        let dropout = Stream::new(self.options.seed ^ DROPOUT, step << 16);
+        let loss = self.model.loss_to_learn(&mut self.workspace, batch, dropout)?;
+        if !loss.nll_sum.is_finite() {
+            return Err(self.non_finite(step, "the loss", loss.nll_sum, &[]));
+        }
+        let scale = 1.0 / batch.supervised() as f64;
+        let pass = |scale| Pass {
+            step,
+            scale,
+            dropout,
+            squares: None,
+            update: None,
+        };
+        let parameters = self.groups.parameters.len();
+        let none = |loss_scale| Gradients {
+            loss: scale * loss.nll_sum,
+            squares: vec![0.0; parameters],
+            loss_scale,
+            masked: 0,
+        };
+        if self.options.max_grad_norm == 0.0 && self.loss_scale.is_none() {
+            let mut gradients = none(1.0);
+            let pass = Pass {
+                squares: Some(&mut gradients.squares),
+                update: Some(Update {
+                    optimizer: &mut self.optimizer,
+                    rate: learning_rate,
+                    clip: 1.0,
+                }),
+                ..pass(scale)
+            };
+            let result = in_backward.run(&mut self.model, &mut self.workspace, pass);
+            return match result {
+                Ok(()) => Ok(gradients),
+                Err(Error::NonFinite { what, .. }) => {
+                    Err(self.non_finite(step, what, gradients.norm(), &gradients.squares))
+                }
+                Err(error) => Err(error),
+            };
+        }
+        let gradients = self.finite(step, |trainer| {
+            let loss_scale = trainer.loss_scale.map_or(1.0, |s| s.scale);
+            let mut gradients = none(loss_scale);
+            let pass = Pass {
+                squares: Some(&mut gradients.squares),
+                ..pass(scale * loss_scale)
+            };
+            in_backward.run(&mut trainer.model, &mut trainer.workspace, pass)?;
+            Ok(gradients)
+        })?;
+        let pass = Pass {
+            update: Some(Update {
+                clip: self.clip(&gradients),
+                optimizer: &mut self.optimizer,
+                rate: learning_rate,
+            }),
+            ..pass(scale * gradients.loss_scale)
+        };
+        in_backward.run(&mut self.model, &mut self.workspace, pass)?;
+        Ok(gradients)
+    }
+
+    /// The factor of the gradients on their way into the update: clipping, and what undoes the loss scale.
+    fn clip(&self, gradients: &Gradients) -> f64 {
+        let clip = match self.options.max_grad_norm {
+            0.0 => 1.0,
+            max => clip_factor(gradients.norm(), max),
+        };
+        clip / gradients.loss_scale
+    }
+
+    /// What `gradients` finds, in fp16 with the largest loss scale under which it is finite.
+    fn finite(
+        &mut self,
+        step: u64,
+        mut gradients: impl FnMut(&mut Self) -> Result<Gradients>,
+    ) -> Result<Gradients> {
         loop {
-            let gradients = self.gradients(step, supervised, micro_batches)?;
-            if gradients.norm.is_finite() {
+            let gradients = gradients(self)?;
+            let norm = gradients.norm();
+            if norm.is_finite() {
                 return Ok(gradients);
             }
             if !self.loss_scale.as_mut().is_some_and(LossScale::shrink) {
-                return Err(self.non_finite(step, "the gradient norm", gradients.norm));
+                return Err(self.non_finite(step, "the gradient norm", norm, &gradients.squares));
             }
         }
     }
 
-    /// Loss and gradient norm of a step; the gradients themselves are multiplied by the loss scale.
+    /// Loss and gradients of a step; these are multiplied by the loss scale.
     fn gradients(&mut self, step: u64, supervised: usize, micro_batches: &[Batch]) -> Result<Gradients> {
         let loss_scale = self.loss_scale.map_or(1.0, |s| s.scale);
         self.model.zero_gradients()?;
@@ -265,22 +482,14 @@ impl Trainer {
                 self.model
                     .loss_and_gradients(&mut self.workspace, batch, scale * loss_scale, dropout)?;
             if !part.nll_sum.is_finite() {
-                return Err(self.non_finite(step, "the loss", part.nll_sum));
+                return Err(self.non_finite(step, "the loss", part.nll_sum, &[]));
             }
             loss += scale * part.nll_sum;
         }
-        let squares = self.squared_norms()?;
-        let mut groups = vec![0.0; self.groups.names.len()];
-        for (&group, square) in self.groups.of.iter().zip(&squares) {
-            groups[group] += square;
-        }
         Ok(Gradients {
             loss,
-            norm: squares.iter().sum::<f64>().sqrt() / loss_scale,
-            groups: groups
-                .into_iter()
-                .map(|square| square.sqrt() / loss_scale)
-                .collect(),
+            squares: self.squares()?,
+            loss_scale,
             masked,
         })
     }
@@ -299,8 +508,11 @@ impl Trainer {
     /// Checks every parameter that trains.
     ///
     /// # Errors
-    /// One holds a NaN or an infinity; it is named.
+    /// One holds a NaN or an infinity; it is named. The last step in the backward pass was broken off.
     pub fn check_finite(&self) -> Result<()> {
+        if let Some(in_backward) = &self.in_backward {
+            in_backward.check_whole()?;
+        }
         let mut bad = None;
         self.model.try_for_each_param(&mut |name, param| {
             if bad.is_none()
@@ -326,7 +538,7 @@ impl Trainer {
     }
 
     /// `Σ g²` of every parameter that trains, in model order.
-    fn squared_norms(&self) -> Result<Vec<f64>> {
+    fn squares(&self) -> Result<Vec<f64>> {
         let mut gradients = Vec::new();
         self.model
             .for_each_param(&mut |_, param| gradients.extend(&param.grad));
@@ -334,17 +546,12 @@ impl Trainer {
     }
 
     /// Names the layer where something stopped being a number: the first with such activations, else the first
-    /// parameter with such a gradient.
-    fn non_finite(&self, step: u64, what: &'static str, value: f64) -> Error {
-        let mut layer = self.model.first_non_finite(&self.workspace);
-        if layer.is_none() {
-            self.model.for_each_param(&mut |name, param| {
-                let bad = |t: &Tensor| !matches!(ops::non_finite(t), Ok(None));
-                if layer.is_none() && param.grad.as_ref().is_some_and(bad) {
-                    layer = Some(format!("the gradient of {name}"));
-                }
-            });
-        }
+    /// parameter with such a gradient by `squares`, its sum of squares.
+    fn non_finite(&mut self, step: u64, what: &'static str, value: f64, squares: &[f64]) -> Error {
+        let layer = self.model.first_non_finite(&mut self.workspace).or_else(|| {
+            let bad = squares.iter().position(|square| !square.is_finite())?;
+            Some(format!("the gradient of {}", self.groups.parameters[bad]))
+        });
         Error::NonFinite {
             step,
             what,

@@ -72,7 +72,11 @@ pub fn load(kind: &str, compute: Compute) -> Option<Model> {
     Some(
         Model::load(
             &Checkpoint::open(&dir).unwrap(),
-            &LoadOptions { compute, weights },
+            &LoadOptions {
+                compute,
+                weights,
+                ..LoadOptions::default()
+            },
         )
         .unwrap(),
     )
@@ -132,6 +136,7 @@ pub fn walk_on(model: Model, run: &str, dir: &Path) -> Walk {
             ..Schedule::default()
         },
         max_grad_norm: number("max_grad_norm").unwrap_or(0.0),
+        in_backward: false,
         reduction: LossReduction::MicroBatch,
         seed: 0,
     };
