@@ -12,6 +12,42 @@ pub fn peak_device_bytes(device: Device) -> Option<u64> {
     }
 }
 
+/// Bytes of device memory that kernels share as scratch.
+pub const SCRATCH: u64 = cuda::SCRATCH as u64;
+
+pub use crate::cuda::Description;
+
+/// A device as a plan sees it.
+#[derive(Debug, Clone)]
+pub struct Card {
+    /// What it is.
+    pub description: Description,
+    /// Bytes that it would still give.
+    pub free: u64,
+    /// Is it a part of this program?
+    pub emulated: bool,
+}
+
+/// The card of `device`, opened by now; `None` for the CPU.
+///
+/// # Errors
+/// It does not answer.
+pub fn card(device: Device) -> Result<Option<Card>> {
+    let Device::Cuda(ordinal) = device else {
+        return Ok(None);
+    };
+    Ok(Some(Card {
+        description: cuda::describe(ordinal)?,
+        free: cuda::memory_info(ordinal)?.0,
+        emulated: cuda::emulated(),
+    }))
+}
+
+/// Is the CUDA device of this program a part of it?
+pub const fn emulated() -> bool {
+    cuda::emulated()
+}
+
 /// Where and in which type to compute.
 ///
 /// `device`: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`. `dtype`: `auto` (bf16 on cards of

@@ -128,6 +128,9 @@ impl Metric {
     }
 }
 
+/// The limit of a sample's length when none is given.
+pub const DEFAULT_MAX_LENGTH: usize = 1024;
+
 /// The resolved configuration of `glmtune train`. Field names are the keys of `run.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -171,6 +174,16 @@ pub struct RunConfig {
     pub quant_type: String,
     pub no_double_quant: bool,
     pub cache_dir: Option<PathBuf>,
+
+    /// Bytes such as `12GB`; `None`: what is free. Never written to `run.toml`: it is about the machine, not about the run.
+    #[serde(skip_serializing)]
+    pub vram: Option<String>,
+    pub recompute: String,
+    pub head_storage: String,
+    pub stream_weights: String,
+    pub optimizer_state: String,
+    pub optimizer_vram: Option<String>,
+    pub optimizer_in_backward: String,
 
     pub optim: OptimizerKind,
     /// `None`: that of the method, [`Method::learning_rate`].
@@ -236,6 +249,9 @@ pub struct RunConfig {
     /// Replace what is in `output`; never written to `run.toml`.
     #[serde(skip_serializing)]
     pub overwrite: bool,
+    /// Is the cut of a step into micro-batches free, since neither flag was given? Not a key.
+    #[serde(skip)]
+    pub auto_micro_batch: bool,
 }
 
 impl Default for RunConfig {
@@ -268,6 +284,13 @@ impl Default for RunConfig {
             quant_type: "nf4".into(),
             no_double_quant: false,
             cache_dir: None,
+            vram: None,
+            recompute: "auto".into(),
+            head_storage: "auto".into(),
+            stream_weights: "auto".into(),
+            optimizer_state: "auto".into(),
+            optimizer_vram: None,
+            optimizer_in_backward: "auto".into(),
             optim: OptimizerKind::Adamw,
             learning_rate: None,
             lr_scheduler: Scheduler::Cosine,
@@ -317,6 +340,7 @@ impl Default for RunConfig {
             preview: false,
             resume: false,
             overwrite: false,
+            auto_micro_batch: false,
         }
     }
 }
@@ -324,7 +348,13 @@ impl Default for RunConfig {
 /// Keys that may change when a run is resumed: they move files or say how often something is reported, and change no
 /// number of the training. What lies at `model` and `data` is compared by content instead, `device` and `dtype` by what
 /// they came to.
-const FREE_ON_RESUME: [&str; 24] = [
+const FREE_ON_RESUME: [&str; 30] = [
+    "vram",
+    "recompute",
+    "stream_weights",
+    "optimizer_state",
+    "optimizer_vram",
+    "optimizer_in_backward",
     "model",
     "adapter",
     "merge_adapters",
@@ -366,9 +396,12 @@ impl RunConfig {
         let given = toml::Table::try_from(flags).map_err(|e| too_large(flags, &e))?;
         let named: Vec<String> = given.keys().cloned().collect();
         table.extend(given);
+        let cut = ["micro_batch_size", "gradient_accumulation_steps"];
+        let auto_micro_batch = !cut.into_iter().any(|key| table.contains_key(key));
         let mut config: Self = table
             .try_into()
             .map_err(|e| Error::Usage(format!("{}; see `glmtune train --help`", one_line(&e))))?;
+        config.auto_micro_batch = auto_micro_batch;
         config.check()?;
         config.check_flags(&named)?;
         if config
@@ -377,7 +410,7 @@ impl RunConfig {
             .or(config.max_length)
             .is_none()
         {
-            config.max_length = Some(1024);
+            config.max_length = Some(DEFAULT_MAX_LENGTH);
         }
         for path in [&mut config.model, &mut config.data, &mut config.output] {
             *path = std::path::absolute(&*path).map_err(Error::io(&*path, "resolve"))?;
@@ -443,6 +476,10 @@ impl RunConfig {
         // One name for both spellings of the same run.
         map.insert("lora_alpha".into(), self.alpha().into());
         map.insert("learning_rate".into(), self.rate().into());
+        // A streamed head has the bits of one in the compute type.
+        if matches!(self.head_storage.as_str(), "auto" | "compute" | "stream") {
+            map.remove("head_storage");
+        }
         map
     }
 }
@@ -483,6 +520,8 @@ mod tests {
         config.lora_alpha = Some(7.5);
         config.val_size = Some(3);
         config.loss_reduction = LossReduction::MicroBatch;
+        // What is written has been settled.
+        config.auto_micro_batch = false;
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("run.toml");
         std::fs::write(&file, config.to_toml()).unwrap();

@@ -341,6 +341,12 @@ fn prompts(tokenizer: &Tokenizer) -> Vec<Vec<u32>> {
         .collect()
 }
 
+/// How many questions are asked at a time, and the tokens of the longest: what a plan has to make room for.
+pub fn probe_extents(tokenizer: &Tokenizer) -> (usize, usize) {
+    let longest = prompts(tokenizer).iter().map(Vec::len).max();
+    (AT_ONCE, longest.unwrap_or(0))
+}
+
 /// The suite in batches: always the same ones, so that an unchanged model computes the very same numbers again.
 fn batches<'a>(prompts: &'a [Vec<u32>], tokenizer: &Tokenizer) -> impl Iterator<Item = Batch> + use<'a> {
     let special = tokenizer.special();

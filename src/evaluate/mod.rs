@@ -11,6 +11,6 @@ mod words;
 
 pub use answers::{AnswerOptions, Prediction, Question, TextMetrics, answer};
 pub use classes::{Candidates, Classification, labels_of};
-pub use forgetting::{Forgetting, ProbeOptions, Reference};
+pub use forgetting::{Forgetting, ProbeOptions, Reference, probe_extents};
 pub use loss::{LossMetrics, loss};
 pub use text::{TextScores, score};

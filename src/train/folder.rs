@@ -3,7 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use super::run::whole;
+use super::start::whole;
 use super::state::{Checkpoints, RunState};
 use super::{journal, result};
 use crate::checkpoint::atomic;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::fingerprint;
-use crate::config::RunConfig;
+use crate::config::{DEFAULT_MAX_LENGTH, RunConfig};
 use crate::data::batch::Batch;
 use crate::data::collate::right_pad;
 use crate::data::loader::{Loader, Validation, split};
@@ -36,7 +36,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Reads and encodes the data of `config`; no sample becomes longer than the model can take.
+    /// Reads and encodes the data of `config`; no sample becomes longer than the model was made for, unless that was asked for.
     ///
     /// # Errors
     /// The data cannot be read or encoded, or nothing is left to train on.
@@ -50,7 +50,11 @@ impl Inputs {
             },
             max_source_length: config.max_source_length,
             max_target_length: config.max_target_length,
-            max_length: Some(config.max_length.map_or(longest, |most| most.min(longest))),
+            max_length: Some(match config.max_length {
+                // Asked for: positions are computed, not looked up.
+                Some(most) if most != DEFAULT_MAX_LENGTH => most,
+                most => most.unwrap_or(longest).min(longest),
+            }),
             over_length: match config.over_length.as_str() {
                 "drop" => OverLength::Drop,
                 "error" => OverLength::Error,
@@ -64,6 +68,11 @@ impl Inputs {
             history: config.history_column.clone(),
         };
         let mut notes = Vec::new();
+        if let Some(most) = options.max_length.filter(|&most| most > longest) {
+            notes.push(format!(
+                "--max-length {most} is beyond the {longest} tokens that the model was made for"
+            ));
+        }
         let read = |path: &std::path::Path, notes: &mut Vec<String>| -> Result<Vec<Sample>> {
             let (records, shape) = read_records(path, &columns)?;
             let (samples, report) = encode_all(tokenizer, &records, &options)?;
@@ -146,10 +155,41 @@ impl Inputs {
         self.loader.steps_per_epoch()
     }
 
+    /// Cuts steps into other micro-batches; a step has the same samples.
+    pub fn regroup(&mut self, config: &RunConfig) {
+        let (micro_batch, accumulation) = (config.micro_batch_size, config.gradient_accumulation_steps);
+        let samples = self.training.len() + self.replayed;
+        self.loader = Loader::new(samples, micro_batch, accumulation, config.seed);
+        self.micro_batch = micro_batch;
+    }
+
+    /// The samples of a pass, or those to evaluate on if there are more.
+    pub fn most(&self) -> usize {
+        (self.training.len() + self.replayed).max(self.evaluation.len())
+    }
+
     /// The sequences of the largest micro-batch: as many as asked for, or all there are.
     pub fn widest(&self) -> usize {
-        self.micro_batch
-            .min((self.training.len() + self.replayed).max(self.evaluation.len()))
+        self.micro_batch.min(self.most())
+    }
+
+    /// The tokens of the longest prompt that is answered to evaluate, `<sop>` included.
+    pub fn longest_prompt(&self) -> usize {
+        let prompts = self.evaluation.iter().map(|sample| sample.context + 1);
+        prompts.max().unwrap_or(0)
+    }
+
+    /// The largest micro-batch that there could be: the longest sample as often as it fits.
+    pub fn largest(&self) -> Batch {
+        let all = self.training.iter().chain(&self.replay);
+        let longest: Vec<&Sample> = all.max_by_key(|sample| sample.ids.len()).into_iter().collect();
+        let samples: Vec<&Sample> = longest
+            .iter()
+            .cycle()
+            .take(self.widest() * longest.len())
+            .copied()
+            .collect();
+        right_pad(&samples, self.pad, None)
     }
 
     /// The length of the longest sample, evaluation included.

@@ -69,10 +69,29 @@ fn targets(list: &str) -> Result<Vec<LoraTarget>> {
 /// The folder holds no adapter, or one of another kind than the method's.
 pub(super) fn inherit(config: &RunConfig) -> Result<RunConfig> {
     let mut config = config.clone();
+    let written = config.output.join("run.toml");
+    if config.resume && written.exists() {
+        // What was chosen for the run's first start decides its numbers: it stays.
+        let before = RunConfig::read(&written)?;
+        if config.auto_micro_batch {
+            config.micro_batch_size = before.micro_batch_size;
+            config.gradient_accumulation_steps = before.gradient_accumulation_steps;
+            config.auto_micro_batch = false;
+        }
+        if config.head_storage == "auto" {
+            // A run from before there was a choice.
+            config.head_storage = match before.head_storage.as_str() {
+                "auto" => "compute".into(),
+                _ => before.head_storage,
+            };
+        }
+        if config.optimizer_state == "auto" {
+            config.optimizer_state = before.optimizer_state;
+        }
+    }
     let Some(dir) = config.adapter.clone() else {
         return Ok(config);
     };
-    let written = config.output.join("run.toml");
     if config.resume && written.exists() {
         // The run has its own copy of the adapter by now: the one it began from may be gone.
         let before = RunConfig::read(&written)?;

@@ -7,7 +7,7 @@ use crate::checkpoint::{Checkpoint, read_tensors};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::evaluate;
-use crate::model::{Model, tune};
+use crate::model::{LayerPolicy, Model, tune};
 use crate::tensor::Tensor;
 
 /// Writes the adapter (LoRA, prefix) into `dir`, or the whole model (freeze, full) into a folder of its own there.
@@ -43,12 +43,12 @@ pub(super) const FILES: [&str; 4] = [
     "forgetting.safetensors",
 ];
 
-/// The evaluation loss of a model that is no longer trained.
-pub(super) fn loss(model: &Model, inputs: &Inputs) -> Result<Option<f64>> {
+/// The evaluation loss of a model that is no longer trained, in the memory that its training was planned for.
+pub(super) fn loss(model: &Model, inputs: &Inputs, layers: &[LayerPolicy]) -> Result<Option<f64>> {
     if !inputs.has_evaluation() {
         return Ok(None);
     }
-    let mut workspace = model.workspace(inputs.widest(), inputs.longest())?;
+    let mut workspace = model.workspace_with(inputs.widest(), inputs.longest(), layers)?;
     let metrics = evaluate::loss(model, &mut workspace, inputs.evaluation_batches())?;
     Ok(Some(metrics.loss))
 }

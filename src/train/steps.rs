@@ -14,7 +14,7 @@ use super::{
 };
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
-use crate::model::{Model, tune};
+use crate::model::{LayerPolicy, Model, tune};
 
 /// A run, ready for its next step.
 pub(super) struct Run<'a> {
@@ -26,6 +26,8 @@ pub(super) struct Run<'a> {
     pub trainer: Trainer,
     pub evaluation: Evaluation,
     pub journal: &'a mut Journal,
+    /// What layers keep.
+    pub layers: &'a [LayerPolicy],
     /// The base again, as it was before anything was made trainable.
     pub reload: &'a dyn Fn() -> Result<Model>,
 }
@@ -312,7 +314,7 @@ impl Run<'_> {
                 self.state.eval_after = self.state.best.row().clone();
                 let mut model = (self.reload)()?;
                 tune::restore(&mut model, &self.tuning, &place)?;
-                eval_after = result::loss(&model, &self.inputs)?.or(eval_after);
+                eval_after = result::loss(&model, &self.inputs, self.layers)?.or(eval_after);
                 eprintln!(
                     "the result is the best checkpoint, {}{}",
                     place.display(),
