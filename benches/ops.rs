@@ -140,12 +140,9 @@ fn pointwise(c: &mut Criterion) {
     group.bench_function("adamw", |b| {
         b.iter(|| {
             let slot = ops::AdamwSlot {
-                p: &mut p,
-                g: &g,
                 m: &mut m,
                 v: &mut v,
-                decay: 1.0,
-                step_size: 1e-5,
+                spans: vec![ops::Span::whole(&mut p, &g, 1e-5, 1.0)],
             };
             ops::adamw(&mut [slot], &factors).expect("shapes fit");
         });
@@ -158,21 +155,18 @@ fn head(c: &mut Criterion) {
     let targets: Vec<i32> = (0..rows as i32).map(|i| i * 500).collect();
     let targets = Tensor::from_slice(&targets, [rows]);
     let (x, w) = (random(1, [rows, k]), random(2, [v, k]).to_dtype(DType::F16));
-    let (mut logits, mut statistics, mut dx) = (
-        zeros([rows * v]),
-        zeros([rows, ops::STATISTICS]),
-        zeros([rows, k]),
-    );
+    let mut scratch = ops::HeadScratch::of_logits(zeros([rows * v]));
+    let (mut statistics, mut dx) = (zeros([rows, ops::STATISTICS]), zeros([rows, k]));
     let mut group = c.benchmark_group("head f16");
     group.sample_size(20);
     group.throughput(Throughput::Elements((rows * v * k) as u64));
     let weight = WeightRef::Dense(&w);
     group.bench_function("head_loss", |b| {
-        b.iter(|| ops::head_loss(&x, weight, &targets, &mut logits, &mut statistics).expect("shapes fit"));
+        b.iter(|| ops::head_loss(&x, weight, &targets, &mut scratch, &mut statistics).expect("shapes fit"));
     });
     group.bench_function("head_loss_backward", |b| {
         b.iter(|| {
-            let buffers = (&mut logits, &statistics);
+            let buffers = (&mut scratch, &statistics);
             ops::head_loss_backward(&x, weight, &targets, 1.0, buffers, &mut dx, None).expect("shapes fit");
         });
     });

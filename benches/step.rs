@@ -109,6 +109,7 @@ fn tokens_per_second(s: &Setup, mode: &str, seconds: f64) -> f64 {
     let options = LoadOptions {
         compute: Compute::cpu(DType::F32),
         weights,
+        ..LoadOptions::default()
     };
     let mut model = Model::initialize(&config(s), 1, &options).expect("a valid configuration");
     let tuning = match mode {
@@ -149,12 +150,9 @@ fn tokens_per_second(s: &Setup, mode: &str, seconds: f64) -> f64 {
             if let Some(g) = &mut p.grad {
                 let (m, v) = moments.next().expect("as many moments as gradients");
                 let slot = ops::AdamwSlot {
-                    p: &mut p.value,
-                    g,
                     m,
                     v,
-                    decay: 1.0,
-                    step_size: 1e-5,
+                    spans: vec![ops::Span::whole(&mut p.value, g, 1e-5, 1.0)],
                 };
                 ops::adamw(&mut [slot], &factors)?;
                 g.bytes_mut().fill(0);

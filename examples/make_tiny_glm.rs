@@ -79,6 +79,7 @@ fn run() -> Result<()> {
             ..Schedule::default()
         },
         max_grad_norm: 1.0,
+        in_backward: false,
         reduction: LossReduction::Token,
         seed: SEED,
     };

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a real card can show, in under 8 minutes, from a folder that scripts/pack-gpu-check.sh made:
+# Everything that only a real card can show, in under 10 minutes, from a folder that scripts/pack-gpu-check.sh made:
 #   bash gpu-check.sh [--out DIR] [FOLDER]    default: the folder of this script; results in FOLDER/results
 # Every step has a time limit and a failed one does not stop the rest; what cannot run here says SKIPPED and why. Without a
 # card everything that needs none still runs, small.
@@ -36,7 +36,7 @@ trap 'rm -rf "$logs"' EXIT
 : >"$out/summary.txt"
 
 started=$SECONDS
-total=460 # seconds for all steps together
+total=580 # seconds for all steps together
 failed=0
 
 say() {
@@ -118,6 +118,12 @@ fi
 if [ $card = yes ]; then
     step training 60 "$glmtune" bench train --device cuda --length 512,2048 --json "$out/train.json"
     step decoding 40 "$glmtune" bench decode --device cuda --json "$out/decode.json"
+    # Does it fit? The driver's own figure beside the plan, at ChatGLM-6B's size.
+    step "6 GB" 60 "$glmtune" bench memory --device cuda --vram 6GB --length 512,2048,8192 --steps 2 --json "$out/memory-6gb.json"
+    step "8 GB" 60 "$glmtune" bench memory --device cuda --vram 8GB --length 512,2048,8192 --steps 2 --json "$out/memory-8gb.json"
+    step "12 GB" 60 "$glmtune" bench memory --device cuda --vram 12GB --length 512,2048,8192 --steps 2 --json "$out/memory-12gb.json"
+    step "full, 24 GB" 120 "$glmtune" bench memory --device cuda --full --vram 24GB --length 512 --steps 2 --json "$out/memory-full.json"
+    step "ways to save" 180 "$glmtune" bench memory --device cuda --length 2048 --rounds 2 --steps 3 --json "$out/memory.json"
     step kernels 90 "$glmtune" bench kernels --device cuda --json "$out/kernels.json"
 else
     for name in training decoding kernels; do

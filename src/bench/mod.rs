@@ -8,6 +8,7 @@ mod decode;
 mod inputs;
 pub mod kernels;
 mod measure;
+mod memory;
 mod report;
 mod train;
 
@@ -15,5 +16,6 @@ pub use decode::{DecodeReport, DecodeSettings, decode};
 pub use inputs::model_config;
 pub use kernels::{KernelSettings, kernels};
 pub use measure::Protocol;
+pub use memory::{MemoryReport, MemorySettings, memory};
 pub use report::{KernelReport, Row, machine};
 pub use train::{TrainReport, TrainSettings, train};

@@ -108,6 +108,7 @@ pub fn train(settings: &TrainSettings, done: &mut dyn FnMut(&TrainReport)) -> Re
                 ..Schedule::default()
             },
             max_grad_norm: 1.0,
+            in_backward: false,
             reduction: LossReduction::Token,
             seed: 1,
         };

@@ -5,13 +5,16 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use crate::bench::{self, DecodeSettings, KernelSettings, Protocol, TrainSettings, machine, model_config};
+use crate::bench::{
+    self, DecodeSettings, KernelSettings, MemorySettings, Protocol, TrainSettings, machine, model_config,
+};
 use crate::checkpoint::atomic;
 use crate::compute;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::model::tune::LoraTarget;
 use crate::tensor::Compute;
+use crate::train::plan::parse_bytes;
 
 /// Measure speed and memory; needs no checkpoint
 #[derive(Debug, Args)]
@@ -28,6 +31,8 @@ enum What {
     Train(TrainArgs),
     /// Generating token by token on random weights: tokens/s
     Decode(DecodeArgs),
+    /// What each way to save memory costs, as a ratio to none; or, with --vram, what fits and whether the plan is kept
+    Memory(MemoryArgs),
 }
 
 /// What all three have in common.
@@ -110,6 +115,33 @@ struct DecodeArgs {
     tokens: Option<u32>,
 }
 
+#[derive(Debug, Args)]
+struct MemoryArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Sequences of a step
+    #[arg(long, value_name = "N", default_value = "1", value_parser = extent)]
+    batch: usize,
+    /// Tokens of each sequence; several lengths are measured one after the other [default: 2048]
+    #[arg(long, value_name = "S,...", value_delimiter = ',', value_parser = extent)]
+    length: Vec<usize>,
+    /// Train every weight with 8-bit AdamW, instead of adapters on 4-bit weights
+    #[arg(long)]
+    full: bool,
+    /// Rank of the adapters
+    #[arg(long, value_name = "R", default_value = "8", value_parser = extent)]
+    lora_r: usize,
+    /// Choose what fits into these amounts of memory, and compare the driver's figure with the plan
+    #[arg(long, value_name = "SIZE,...", value_delimiter = ',')]
+    vram: Vec<String>,
+    /// Rounds, each of which measures every way once [default: 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// Steps of each measurement [default: 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    steps: Option<u32>,
+}
+
 fn extent(text: &str) -> std::result::Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
@@ -160,6 +192,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         What::Kernels(args) => kernels(args),
         What::Train(args) => train(args),
         What::Decode(args) => decode(args),
+        What::Memory(args) => memory(args),
     }
 }
 
@@ -243,4 +276,29 @@ fn decode(args: &DecodeArgs) -> Result<()> {
     let reports = bench::decode(&settings, &mut |report| println!("{}", report.line()))?;
     let reports: Vec<Value> = reports.iter().map(bench::DecodeReport::json).collect();
     common.write(&json!({ "machine": machine(compute)?, "decode": reports }))
+}
+
+fn memory(args: &MemoryArgs) -> Result<()> {
+    let common = &args.common;
+    let (compute, config) = common.open()?;
+    let vram = args.vram.iter().map(|text| parse_bytes("--vram", text));
+    let settings = MemorySettings {
+        compute,
+        config,
+        batch: args.batch,
+        lengths: common.or(&args.length, &[2048], &[16]),
+        full: args.full,
+        rank: args.lora_r,
+        vram: vram.collect::<Result<_>>()?,
+        rounds: common.count(args.rounds, 3, 1),
+        steps: common.count(args.steps, 4, 1),
+    };
+    if let Some(length) = settings.lengths.iter().find(|&&length| length < 4) {
+        return Err(Error::Usage(format!(
+            "--length: found {length}, expected at least 4: a quarter is context"
+        )));
+    }
+    let reports = bench::memory(&settings, &mut |report| println!("{}", report.line()))?;
+    let reports: Vec<Value> = reports.iter().map(bench::MemoryReport::json).collect();
+    common.write(&json!({ "machine": machine(compute)?, "memory": reports }))
 }

@@ -11,8 +11,9 @@ use crate::config::RunConfig;
 use crate::data::template;
 use crate::error::{Error, Result};
 use crate::generate::GenerationConfig;
-use crate::model::{LoadOptions, Model, Weights, tune};
+use crate::model::{EmbeddingPlace, LoadOptions, Model, tune};
 use crate::quant::QuantType;
+use crate::tensor::Device;
 use crate::tokenizer::Tokenizer;
 use crate::train::{Checkpoints, RunState, base_fingerprint, preparing_weights};
 
@@ -50,6 +51,12 @@ pub struct ModelArgs {
     /// Keep the 4-bit copy of the base here instead of in its own folder
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
+    /// On a card: keep the layers' matrices in host memory and copy them ahead of their use, which takes about 2 GB less of it
+    #[arg(long)]
+    pub stream_weights: bool,
+    /// The head's matrix: compute (in the compute type), int8, nf4, or stream (copied in chunks from host memory)
+    #[arg(long, value_name = "FORM", default_value = "compute", value_parser = ["compute", "int8", "nf4", "stream"], hide_possible_values = true)]
+    pub head_storage: String,
 }
 
 /// How to choose tokens; the defaults are those of the official `model.chat`.
@@ -126,6 +133,12 @@ pub fn load_base(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
         None => TrainedOn::default(),
     };
     let compute = compute::choose(&args.device, &args.dtype)?;
+    if args.stream_weights && compute.device == Device::Cpu {
+        return Err(Error::Usage(
+            "--stream-weights is about the memory of a card, and this computes on the CPU: leave it out"
+                .into(),
+        ));
+    }
     let tokenizer = Tokenizer::open(&args.model)?;
     let load_in = args.load_in.unwrap_or(if run.four_bits {
         LoadIn::FourBit
@@ -162,7 +175,13 @@ pub fn load_base(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
         &checkpoint,
         &LoadOptions {
             compute,
-            weights: Weights::AsStored,
+            stream: args.stream_weights,
+            head: args.head_storage.parse()?,
+            embedding: match compute.device {
+                Device::Cpu => EmbeddingPlace::Device,
+                Device::Cuda(_) => EmbeddingPlace::Host,
+            },
+            ..LoadOptions::default()
         },
     )?;
     eprintln!(

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod generate;
 pub mod generation;
 pub mod inspect;
+pub mod plan;
 pub mod quantize;
 pub mod report;
 pub mod synth;
@@ -43,6 +44,8 @@ pub struct Cli {
 enum Command {
     /// Fine-tune a checkpoint on your data; writes a PEFT adapter
     Train(Box<train::TrainArgs>),
+    /// Say what a run would allocate, what fits a card, and what to change
+    Plan(Box<plan::PlanArgs>),
     /// Measure a model on records with answers: loss, BLEU-4, ROUGE, classes, what it forgot
     Eval(Box<eval::EvalArgs>),
     /// Answer the prompts of a file, or one prompt
@@ -89,6 +92,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Train(args) => train::run(*args),
+        Command::Plan(args) => plan::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),

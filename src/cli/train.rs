@@ -1,6 +1,6 @@
 //! `glmtune train`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -50,6 +50,31 @@ pub struct TrainArgs {
     #[arg(long)]
     #[serde(skip_serializing_if = "is_false")]
     overwrite: bool,
+
+    /// How much of the card to use, e.g. 12GB: the fastest layout that fits is chosen [default: what is free]
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    vram: Option<String>,
+    /// What layers keep for the backward pass. none: all that products made; smart: without QKV and FC1; full: their input; a
+    /// list such as full:20,none:8 goes from the first layer to the last; +offload behind one keeps it in host memory.
+    /// Gradients are the same under each [default: auto]
+    #[arg(long, value_name = "POLICY", help_heading = "Memory")]
+    recompute: Option<String>,
+    /// The head's matrix: compute (in the compute type), int8, nf4, or stream (copied in chunks from host memory, the same numbers as
+    /// compute) [default: auto]
+    #[arg(long, value_name = "FORM", help_heading = "Memory")]
+    head_storage: Option<String>,
+    /// Keep the layers' matrices in host memory and copy them ahead of their use: auto, on or off [default: auto]
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, default_missing_value = "on", help_heading = "Memory")]
+    stream_weights: Option<String>,
+    /// Where the optimizer's state lies, with full tuning the f32 weights too: auto, device, host (paged) or disk [default: auto]
+    #[arg(long, value_name = "PLACE", help_heading = "Memory")]
+    optimizer_state: Option<String>,
+    /// Device memory for its pages, e.g. 500MB [default: 96 MiB for each kind of state]
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    optimizer_vram: Option<String>,
+    /// Update each layer in the backward pass, so that gradients of one layer are held at a time: auto, on or off [default: auto]
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, default_missing_value = "on", help_heading = "Memory")]
+    optimizer_in_backward: Option<String>,
 
     /// Rank of the update [default: 8]
     #[arg(long, value_name = "R", help_heading = "LoRA")]
@@ -289,6 +314,25 @@ fn is_false(flag: &bool) -> bool {
 }
 
 impl TrainArgs {
+    /// Takes `--config` away if it is one that `known` knows.
+    pub(super) fn take_config(&mut self, known: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+        self.config.take_if(|path| known(path))
+    }
+
+    /// [`TrainArgs::resolve`] for who reads no data and writes nothing: what is not given there stays empty.
+    pub(super) fn resolve_without_files(mut self) -> Result<RunConfig> {
+        const NONE: &str = "-";
+        let given = self.model.is_some() || self.config.is_some();
+        for path in [&mut self.model, &mut self.data, &mut self.output] {
+            path.get_or_insert_with(|| NONE.into());
+        }
+        let mut config = RunConfig::resolve(self.config.as_deref(), &self)?;
+        if !given {
+            config.model = PathBuf::new();
+        }
+        Ok(config)
+    }
+
     /// Merges the flags with the `--config` file and the defaults.
     fn resolve(self) -> Result<RunConfig> {
         let mut file = self.config.clone();
