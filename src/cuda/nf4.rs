@@ -267,20 +267,11 @@ fn repack(
         unsafe { launch_named(card, operation, &kernel, all, &params)? };
         Ok(to)
     };
-    let absmax = match &from.absmax {
-        Absmax::Flat(absmax) => Absmax::Flat(reorder(absmax, "flat")?),
-        Absmax::Nested {
-            codes,
-            nested_absmax,
-            offset,
-            code,
-        } => Absmax::Nested {
-            codes: reorder(codes, "nested")?,
-            nested_absmax: nested_absmax.clone(),
-            offset: *offset,
-            code: code.clone(),
-        },
+    let name = match &from.absmax {
+        Absmax::Flat(_) => "flat",
+        Absmax::Nested { .. } => "nested",
     };
+    let absmax = from.absmax.map_blocks(|scales| reorder(scales, name))?;
     Ok(QuantTensor {
         codes,
         absmax,
@@ -292,20 +283,7 @@ fn repack(
 /// What [`repack`] makes in a plan: the same tensors without contents.
 fn planned(from: &QuantTensor, codes: Tensor, scales: usize, direction: Direction) -> Result<QuantTensor> {
     let reorder = |from: &Tensor| Tensor::zeros_on(codes.device(), from.dtype(), [scales]);
-    let absmax = match &from.absmax {
-        Absmax::Flat(absmax) => Absmax::Flat(reorder(absmax)?),
-        Absmax::Nested {
-            codes,
-            nested_absmax,
-            offset,
-            code,
-        } => Absmax::Nested {
-            codes: reorder(codes)?,
-            nested_absmax: nested_absmax.clone(),
-            offset: *offset,
-            code: code.clone(),
-        },
-    };
+    let absmax = from.absmax.map_blocks(reorder)?;
     Ok(QuantTensor {
         codes,
         absmax,

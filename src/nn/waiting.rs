@@ -6,7 +6,7 @@
 use super::{Param, Weight};
 use crate::error::Result;
 use crate::ops;
-use crate::quant::{Absmax, QuantTensor};
+use crate::quant::QuantTensor;
 use crate::tensor::{Device, Tensor};
 
 impl Weight {
@@ -62,20 +62,7 @@ impl Weight {
             Weight::Dense(param) => return Ok(Weight::Dense(Param::frozen(f(&param.value)?))),
             Weight::Quant(weight) => weight,
         };
-        let absmax = match &weight.absmax {
-            Absmax::Flat(absmax) => Absmax::Flat(f(absmax)?),
-            Absmax::Nested {
-                codes,
-                nested_absmax,
-                offset,
-                code,
-            } => Absmax::Nested {
-                codes: f(codes)?,
-                nested_absmax: nested_absmax.clone(),
-                offset: *offset,
-                code: code.clone(),
-            },
-        };
+        let absmax = weight.absmax.map_blocks(f)?;
         Ok(Weight::Quant(Box::new(QuantTensor {
             quant_type: weight.quant_type,
             codes: f(&weight.codes)?,

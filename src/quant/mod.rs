@@ -280,6 +280,24 @@ impl QuantTensor {
 }
 
 impl Absmax {
+    /// These with what `f` makes of the tensor that has one element for each block; the rest is shared.
+    pub(crate) fn map_blocks(&self, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(match self {
+            Absmax::Flat(absmax) => Absmax::Flat(f(absmax)?),
+            Absmax::Nested {
+                codes,
+                nested_absmax,
+                offset,
+                code,
+            } => Absmax::Nested {
+                codes: f(codes)?,
+                nested_absmax: nested_absmax.clone(),
+                offset: *offset,
+                code: code.clone(),
+            },
+        })
+    }
+
     fn nested(place: &str, absmax: &[f32]) -> Result<Self> {
         let nested = nested::quantize(absmax);
         if !nested.offset.is_finite() || nested.scales.iter().any(|s| !s.is_finite()) {
