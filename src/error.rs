@@ -89,6 +89,9 @@ pub enum Error {
         /// Where the state is, and how to go on.
         saved: String,
     },
+    /// The user asked to stop work that has no steps: what is kept, and how to go on.
+    #[error("interrupted: {0}")]
+    Stopped(String),
     /// The command line contradicts itself.
     #[error("{0}")]
     Usage(String),
@@ -125,7 +128,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) => 2,
-            Error::Interrupted { .. } => 130,
+            Error::Interrupted { .. } | Error::Stopped(_) => 130,
             _ => 1,
         }
     }

@@ -3,6 +3,7 @@
 // `cargo doc --document-private-items` is how this documentation is read.
 #![allow(rustdoc::private_intra_doc_links)]
 
+pub mod adapter;
 pub mod bench;
 pub mod checkpoint;
 pub mod cli;
@@ -13,6 +14,7 @@ pub mod cuda;
 pub mod data;
 pub mod error;
 pub mod evaluate;
+pub mod export;
 pub mod factor;
 pub mod generate;
 pub mod model;

@@ -69,6 +69,11 @@ impl AtomicFile {
         })
     }
 
+    /// Where it lies until then: to be read back before it gets its name.
+    pub(crate) fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
     /// Brings everything to the disk, then replaces the old file.
     pub(crate) fn commit(mut self) -> Result<()> {
         if self.failed {

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use crate::checkpoint::pickle::printable;
+use crate::checkpoint::source::rows_of;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape};
 
@@ -15,6 +16,26 @@ pub(super) struct Entry {
     pub shape: Shape,
     /// Bytes within the file; as many as `shape` and `dtype` take.
     pub range: Range<usize>,
+}
+
+impl Entry {
+    /// The shape of the rows `rows`, and the bytes where they lie. A number alone is one row.
+    ///
+    /// # Errors
+    /// There are fewer; `place` is what the message names.
+    pub(super) fn rows(
+        &self,
+        rows: &Range<usize>,
+        place: impl Fn() -> String,
+    ) -> Result<(Shape, Range<usize>)> {
+        if self.shape.extents().is_empty() && *rows == (0..1) {
+            return Ok((self.shape, self.range.clone()));
+        }
+        let shape = rows_of(self.shape, rows, &place())?;
+        let row = self.range.len() / self.shape.extents().first().copied().unwrap_or(1).max(1);
+        let start = self.range.start + rows.start * row;
+        Ok((shape, start..start + rows.len() * row))
+    }
 }
 
 /// `file: tensor name`, the place of a message.

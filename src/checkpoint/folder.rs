@@ -13,6 +13,8 @@ const LOCK: &str = ".lock";
 pub(crate) struct PartialFolder {
     dir: PathBuf,
     lock: Option<File>,
+    /// Was there something to replace when it was begun?
+    replaces: bool,
 }
 
 impl PartialFolder {
@@ -55,6 +57,7 @@ impl PartialFolder {
         Ok(Self {
             dir,
             lock: Some(lock),
+            replaces: output_dir.exists(),
         })
     }
 
@@ -63,24 +66,63 @@ impl PartialFolder {
         &self.dir
     }
 
-    /// Gives the folder its name, in place of an older one.
+    /// Brings everything to the disk and gives the folder its name, in place of an older one, which is back if that fails.
     ///
     /// # Errors
-    /// The system refuses.
+    /// Something lies there that did not when this began; the system refuses.
     pub fn commit(mut self, output_dir: &Path) -> Result<()> {
-        let lock = self.dir.join(LOCK);
-        fs::remove_file(&lock).map_err(Error::io(&lock, "remove"))?;
+        if output_dir.exists() && !self.replaces {
+            return Err(Error::input(
+                output_dir.display(),
+                "something that was not there when this began",
+                "nothing",
+                "move it away, or give another --output, and start again",
+            ));
+        }
+        for entry in fs::read_dir(&self.dir)
+            .map_err(Error::io(&self.dir, "list"))?
+            .flatten()
+        {
+            // Copies by the system are not on the disk yet.
+            File::open(entry.path())
+                .and_then(|file| file.sync_all())
+                .map_err(Error::io(entry.path(), "write"))?;
+        }
+        sync_folder(&self.dir)?;
         let old = self.dir.with_extension("old");
-        if output_dir.exists() {
+        let replaced = output_dir.exists();
+        if replaced {
             let _ = fs::remove_dir_all(&old);
             fs::rename(output_dir, &old).map_err(Error::io(output_dir, "replace"))?;
         }
-        fs::rename(&self.dir, output_dir).map_err(Error::io(output_dir, "create"))?;
+        // The lock goes along: whoever comes now makes a folder of his own.
+        if let Err(error) = fs::rename(&self.dir, output_dir) {
+            if replaced {
+                fs::rename(&old, output_dir).map_err(Error::io(&old, "bring back"))?;
+            }
+            return Err(Error::io(output_dir, "create")(error));
+        }
         self.lock = None;
-        if old.exists() {
+        let lock = output_dir.join(LOCK);
+        fs::remove_file(&lock).map_err(Error::io(&lock, "remove"))?;
+        sync_folder(match output_dir.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        })?;
+        if replaced {
             fs::remove_dir_all(&old).map_err(Error::io(&old, "remove"))?;
         }
         Ok(())
+    }
+}
+
+/// Names must survive a power cut too; folders cannot be opened for that everywhere.
+fn sync_folder(dir: &Path) -> Result<()> {
+    match cfg!(unix) {
+        true => File::open(dir)
+            .and_then(|folder| folder.sync_all())
+            .map_err(Error::io(dir, "sync")),
+        false => Ok(()),
     }
 }
 
@@ -90,5 +132,42 @@ impl Drop for PartialFolder {
             // The failure that led here is on its way to the user.
             let _ = fs::remove_dir_all(&self.dir);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_appears_whole_and_in_place_of_the_old_one() {
+        let root = tempfile::tempdir().unwrap();
+        let output = root.path().join("model");
+        for text in ["one", "two"] {
+            let folder = PartialFolder::create(&output).unwrap();
+            assert!(PartialFolder::create(&output).is_err(), "one writer");
+            fs::write(folder.dir().join("a"), text).unwrap();
+            folder.commit(&output).unwrap();
+            assert_eq!(fs::read_to_string(output.join("a")).unwrap(), text);
+            let names = |dir: &Path| fs::read_dir(dir).unwrap().count();
+            assert_eq!(
+                (names(&output), names(root.path())),
+                (1, 1),
+                "nothing else is left"
+            );
+        }
+    }
+
+    #[test]
+    fn what_appears_meanwhile_is_not_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let output = root.path().join("model");
+        let folder = PartialFolder::create(&output).unwrap();
+        fs::create_dir(&output).unwrap();
+        fs::write(output.join("mine"), "x").unwrap();
+        let error = folder.commit(&output).unwrap_err().to_string();
+        assert!(error.contains("was not there when this began"), "{error}");
+        assert_eq!(fs::read_to_string(output.join("mine")).unwrap(), "x");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
     }
 }

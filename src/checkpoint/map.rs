@@ -86,6 +86,20 @@ impl MappedFile {
         Ok(Bytes::new(Arc::new(self.map(range)?), 0..length))
     }
 
+    /// Asks the system to begin to read the bytes `range` from the disk: a hint, so nothing that goes wrong is an error.
+    pub(super) fn will_be_read(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if !range.is_empty()
+            && range.end <= self.len
+            && let Ok(map) = self.map(range)
+        {
+            // The pages stay in the system's cache when the mapping goes.
+            let _ = map.advise(memmap2::Advice::WillNeed);
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
     fn map(&self, range: Range<usize>) -> Result<Mmap> {
         let mut options = MmapOptions::new();
         options.offset(range.start as u64).len(range.len());

@@ -337,12 +337,13 @@ impl<'a> Machine<'a> {
             ("torch", "LongStorage") => DType::I64,
             ("torch", "IntStorage") => DType::I32,
             ("torch", "ByteStorage" | "BoolStorage") => DType::U8,
+            ("torch", "CharStorage") => DType::I8,
             ("torch", storage) if storage.ends_with("Storage") => {
                 return Err(Error::input(
                     self.place.display(),
                     format!("tensors of torch.{}", printable(storage)),
-                    "float16, bfloat16, float32, float64, int32, int64 or uint8",
-                    "a THUDM int4/int8 checkpoint is not supported yet: use the fp16 weights",
+                    "float16, bfloat16, float32, float64, int32, int64, int8 or uint8",
+                    "use the fp16 weights",
                 ));
             }
             _ => {

@@ -27,7 +27,7 @@ pub(super) fn entries(file: &MappedFile) -> Result<Vec<Entry>> {
             Error::input(
                 place(file.path(), &name),
                 format!("{:?}", info.dtype),
-                "F16, BF16, F32, F64, I32, I64, U8 or BOOL",
+                "F16, BF16, F32, F64, I32, I64, I8, U8 or BOOL",
                 "use the fp16 weights",
             )
         })?;
@@ -82,6 +82,7 @@ fn dtype(dtype: Dtype) -> Option<DType> {
         Dtype::I64 => DType::I64,
         Dtype::I32 => DType::I32,
         Dtype::U8 | Dtype::BOOL => DType::U8,
+        Dtype::I8 => DType::I8,
         _ => return None,
     })
 }
@@ -95,6 +96,7 @@ fn dtype_name(dtype: DType) -> &'static str {
         DType::I64 => "I64",
         DType::I32 => "I32",
         DType::U8 => "U8",
+        DType::I8 => "I8",
     }
 }
 

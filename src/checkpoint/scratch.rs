@@ -11,6 +11,36 @@ use crate::tensor::{DType, Shape, Tensor, ledger};
 /// Where the tensors of a file begin: at pages of memory.
 const ALIGNMENT: u64 = 4096;
 
+/// Makes the system forget what it has cached of the file at `path`, so that the next to read it reads the disk. Where a system has
+/// no such call, nothing happens.
+///
+/// # Errors
+/// The file cannot be opened, or what was written to it cannot be brought to the disk.
+pub fn evict(path: &Path) -> Result<()> {
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    // What is not yet on the disk cannot be forgotten.
+    file.sync_all().map_err(Error::io(path, "write"))?;
+    #[cfg(target_os = "linux")]
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)
+        .map_err(|e| Error::io(path, "forget")(e.into()))?;
+    Ok(())
+}
+
+/// Bytes that this user may still write where `path` lies or would lie; nothing where the system does not say.
+pub fn free_disk(path: &Path) -> Option<u64> {
+    let there = path.ancestors().find(|path| path.exists())?;
+    #[cfg(target_os = "linux")]
+    {
+        let volume = rustix::fs::statvfs(there).ok()?;
+        volume.f_bavail.checked_mul(volume.f_frsize)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = there;
+        None
+    }
+}
+
 /// A file that holds tensors of this program and of nobody else: it is removed when this is dropped, and what a killed
 /// program left under its name is replaced.
 ///

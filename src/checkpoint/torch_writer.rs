@@ -41,6 +41,38 @@ impl TorchBinWriter {
     /// # Errors
     /// Two specs of the same name, or the system refuses to write.
     pub fn create(path: &Path, specs: &[(String, DType, Shape)]) -> Result<Self> {
+        Self::create_sharing(path, specs, &[])
+    }
+
+    /// [`TorchBinWriter::create`] with more names of tensors: each of `shared` is a name and that of the spec whose storage it
+    /// shares, as torch saves tied weights.
+    ///
+    /// # Errors
+    /// As [`TorchBinWriter::create`]; a name that shares with none of `specs`.
+    pub fn create_sharing(
+        path: &Path,
+        specs: &[(String, DType, Shape)],
+        shared: &[(&str, &str)],
+    ) -> Result<Self> {
+        let mut entries: Vec<(usize, &str, DType, Shape)> = specs
+            .iter()
+            .enumerate()
+            .map(|(key, (name, dtype, shape))| (key, name.as_str(), *dtype, *shape))
+            .collect();
+        for (name, of) in shared {
+            let Some((key, (_, dtype, shape))) = specs.iter().enumerate().find(|(_, spec)| spec.0 == *of)
+            else {
+                let found = format!("{name}, which shares with {of}");
+                let remedy = "this is a bug: please report it";
+                return Err(Error::input(
+                    path.display(),
+                    found,
+                    "a tensor of the file",
+                    remedy,
+                ));
+            };
+            entries.push((key, name, *dtype, *shape));
+        }
         let mut pending = BTreeMap::new();
         for (key, (name, dtype, shape)) in specs.iter().enumerate() {
             let bytes = (shape.elements() * dtype.size()) as u64;
@@ -60,7 +92,7 @@ impl TorchBinWriter {
             zip,
             pending,
         };
-        writer.entry("data.pkl", |w| w.write_all(&pickle(specs)), 0)?;
+        writer.entry("data.pkl", |w| w.write_all(&pickle(&entries)), 0)?;
         writer.entry("byteorder", |w| w.write_all(b"little"), 0)?;
         Ok(writer)
     }
@@ -169,9 +201,9 @@ impl Write for Counted<'_> {
 }
 
 /// `{name: _rebuild_tensor_v2(storage i, 0, size, stride, False, OrderedDict())}` in pickle protocol 2.
-fn pickle(specs: &[(String, DType, Shape)]) -> Vec<u8> {
+fn pickle(entries: &[(usize, &str, DType, Shape)]) -> Vec<u8> {
     let mut out = vec![0x80, 2, b'}', b'('];
-    for (key, (name, dtype, shape)) in specs.iter().enumerate() {
+    for (key, name, dtype, shape) in entries {
         text(&mut out, name);
         out.extend_from_slice(b"ctorch._utils\n_rebuild_tensor_v2\n((");
         text(&mut out, "storage");
@@ -225,5 +257,6 @@ fn storage(dtype: DType) -> &'static str {
         DType::I64 => "LongStorage",
         DType::I32 => "IntStorage",
         DType::U8 => "ByteStorage",
+        DType::I8 => "CharStorage",
     }
 }

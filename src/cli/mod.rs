@@ -2,19 +2,25 @@
 // Doc comments of flags are help texts: they name special tokens plainly.
 #![allow(rustdoc::invalid_html_tags, rustdoc::broken_intra_doc_links)]
 
+pub mod adapter;
 pub mod bench;
 pub mod chat;
 pub mod demo;
 pub mod doctor;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod generation;
 pub mod inspect;
+pub mod merge;
 pub mod plan;
 pub mod quantize;
 pub mod report;
+pub mod sources;
 pub mod synth;
 pub mod train;
+pub mod verification;
+pub mod verify;
 
 use std::process::ExitCode;
 
@@ -52,6 +58,14 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk to a model, with or without an adapter
     Chat(chat::ChatArgs),
+    /// Merge adapters into their base; writes a model folder
+    Merge(merge::MergeArgs),
+    /// Write a model in the format of another program
+    Export(export::ExportArgs),
+    /// Compare a merged or exported model with base and adapters
+    Verify(verify::VerifyResultArgs),
+    /// Look into adapters, and calculate with them
+    Adapter(adapter::AdapterArgs),
     /// Write a 4-bit copy of a checkpoint that training maps without quantising again
     Quantize(quantize::QuantizeArgs),
     /// Say what is in a checkpoint, adapter or cache
@@ -78,7 +92,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(error @ Error::Interrupted { .. }) => {
+        Err(error @ (Error::Interrupted { .. } | Error::Stopped(_))) => {
             eprintln!("{error}");
             ExitCode::from(error.exit_code())
         }
@@ -96,6 +110,10 @@ fn run(command: Command) -> Result<()> {
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Adapter(args) => adapter::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),

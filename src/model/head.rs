@@ -9,10 +9,10 @@
 //!
 //! Streaming gives the same bits as the compute type. A head that trains is held in the compute type's sums, as every parameter.
 
-use super::load::{Loader, Source};
+use super::load::Loader;
 use super::workspace::Workspace;
 use super::{EmbeddingPlace, HeadStorage, Model};
-use crate::checkpoint::{LM_HEAD, WORD_EMBEDDINGS};
+use crate::checkpoint::{LM_HEAD, Source, WORD_EMBEDDINGS};
 use crate::error::{Error, Result};
 use crate::nn::Param;
 use crate::ops::{self, HEAD_CHUNK, HeadRef, HeadScratch, WeightRef};
@@ -57,12 +57,12 @@ impl StoredHead {
     }
 }
 
-impl<S: Source> Loader<'_, S> {
+impl<S: Source + ?Sized> Loader<'_, S> {
     /// The embedding. It stays in the file when the options say so, unless a tied head needs the same matrix on the device.
     pub(super) fn embedding(&self, separate_head: bool) -> Result<Param> {
         let shared = !separate_head && self.options.head == HeadStorage::Compute;
         if self.options.embedding == EmbeddingPlace::Host && !shared {
-            return self.source.tensor(WORD_EMBEDDINGS).map(Param::frozen);
+            return self.source.dense(WORD_EMBEDDINGS).map(Param::frozen);
         }
         self.large(WORD_EMBEDDINGS)
     }
@@ -77,16 +77,16 @@ impl<S: Source> Loader<'_, S> {
                 return Ok((dense, None));
             }
             (HeadStorage::Int8, _) => {
-                let weight = RowInt8::quantize(&self.source.place(name), &self.source.tensor(name)?)?;
+                let weight = RowInt8::quantize(&self.source.place(name), &self.source.dense(name)?)?;
                 StoredHead::Int8(Box::new(ops::place_int8(weight, device)?))
             }
             (HeadStorage::Nf4, _) => {
-                let (place, source) = (self.source.place(name), self.source.tensor(name)?);
+                let (place, source) = (self.source.place(name), self.source.dense(name)?);
                 let weight = ops::quantize(&place, &source, QuantType::Nf4, true, device)?;
                 StoredHead::Nf4(Box::new(weight))
             }
             (HeadStorage::Stream, Device::Cuda(_)) => {
-                let source = self.source.tensor(name)?;
+                let source = self.source.dense(name)?;
                 let (rows, _) = source.shape().rows_and_columns();
                 let pieces = (0..rows).step_by(HEAD_CHUNK).map(|start| {
                     let end = (start + HEAD_CHUNK).min(rows);

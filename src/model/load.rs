@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::Model;
-use super::config::ModelConfig;
+use super::config::{Linears, ModelConfig};
 use super::glm::Block;
 use super::tune::Storage;
-use crate::checkpoint::{Checkpoint, refuse_non_finite};
+use crate::checkpoint::quantized::is_quantized_linear;
+use crate::checkpoint::{Checkpoint, Source, Stored, refuse_non_finite};
 use crate::error::{Error, Result};
 use crate::nn::{Attention, LayerNorm, Linear, Mlp, Param, Weight};
 use crate::ops;
@@ -18,9 +19,9 @@ use crate::tensor::{Compute, DType, Device, Shape, Tensor};
 /// In which form the four linears of each block are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Weights {
-    /// As the checkpoint stores them: dense tensors mapped in place, 4-bit tensors as they are.
+    /// As the checkpoint stores them: dense tensors mapped in place, tensors in few bits as they are.
     AsStored,
-    /// In 4 bits; a dense checkpoint is quantised tensor by tensor in memory.
+    /// In few bits: a dense checkpoint is quantised to 4 tensor by tensor in memory, one in few bits is used as it is.
     Quantized {
         /// The code.
         quant_type: QuantType,
@@ -76,10 +77,21 @@ pub enum EmbeddingPlace {
 pub struct LoadedFrom {
     /// The type of what is stored dense.
     pub dtype: DType,
-    /// Are the linears in 4 bits, and then: are their scales quantised too?
-    pub double_quant: Option<bool>,
+    /// The form of the linears.
+    pub linears: Linears,
     /// Is the head another matrix than the embedding?
     pub separate_head: bool,
+}
+
+impl LoadedFrom {
+    /// What a run holds that wants its linears in 4 bits: those in few bits are used as they are.
+    pub fn in_four_bits(self, double_quant: bool) -> Self {
+        let linears = match self.linears {
+            Linears::Dense => Linears::FourBit { double_quant },
+            few_bits => few_bits,
+        };
+        Self { linears, ..self }
+    }
 }
 
 /// How to load.
@@ -110,44 +122,25 @@ impl Default for LoadOptions {
     }
 }
 
-/// Where the tensors of a model come from.
-pub(super) trait Source {
-    fn tensor(&self, name: &str) -> Result<Tensor>;
-    fn place(&self, name: &str) -> String;
-
-    /// The linear weight `name`, where it never was dense.
-    fn quantized(&self, _name: &str) -> Option<QuantTensor> {
-        None
-    }
-}
-
-impl Source for Checkpoint {
-    fn tensor(&self, name: &str) -> Result<Tensor> {
-        Checkpoint::tensor(self, name)
-    }
-
-    fn place(&self, name: &str) -> String {
-        Checkpoint::place(self, name)
-    }
-}
-
 /// Normal weights, norms of 1 and 0, biases of 0: how models start before their first training.
-struct Initializer {
+struct Initializer<'a> {
+    config: &'a ModelConfig,
     seed: u64,
     names: BTreeMap<String, (usize, Shape)>,
 }
 
-impl Initializer {
-    fn new(config: &ModelConfig, seed: u64) -> Self {
+impl<'a> Initializer<'a> {
+    fn new(config: &'a ModelConfig, seed: u64) -> Self {
         let tensors = config.tensors().into_iter().enumerate();
         Self {
+            config,
             seed,
             names: tensors.map(|(i, (name, shape))| (name, (i, shape))).collect(),
         }
     }
 }
 
-impl Source for Initializer {
+impl Initializer<'_> {
     fn tensor(&self, name: &str) -> Result<Tensor> {
         let Some(&(number, shape)) = self.names.get(name) else {
             return Err(Error::input(
@@ -169,6 +162,24 @@ impl Source for Initializer {
             .collect();
         Ok(Tensor::from_slice(&values, shape))
     }
+}
+
+impl Source for Initializer<'_> {
+    fn config(&self) -> &ModelConfig {
+        self.config
+    }
+
+    fn separate_head(&self) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn dtype(&self, _name: &str) -> Result<DType> {
+        Ok(DType::F32)
+    }
+
+    fn weight(&self, name: &str) -> Result<Stored> {
+        self.tensor(name).map(Stored::Dense)
+    }
 
     fn place(&self, name: &str) -> String {
         name.to_string()
@@ -177,12 +188,12 @@ impl Source for Initializer {
 
 /// Weights that only have the right sizes and variances: random codes or, dense, random numbers, and an embedding whose logits are
 /// small, so that the loss starts near the logarithm of the vocabulary.
-struct Synthesizer {
-    names: Initializer,
+struct Synthesizer<'a> {
+    names: Initializer<'a>,
     dense: bool,
 }
 
-impl Source for Synthesizer {
+impl Synthesizer<'_> {
     fn tensor(&self, name: &str) -> Result<Tensor> {
         let matrix = |(_, shape): &&(usize, Shape)| shape.extents().len() == 2;
         let Some(&(number, shape)) = self.names.names.get(name).filter(matrix) else {
@@ -202,29 +213,46 @@ impl Source for Synthesizer {
         }
         Ok(tensor)
     }
+}
+
+impl Source for Synthesizer<'_> {
+    fn config(&self) -> &ModelConfig {
+        self.names.config
+    }
+
+    fn separate_head(&self) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn dtype(&self, _name: &str) -> Result<DType> {
+        Ok(DType::F16)
+    }
+
+    fn weight(&self, name: &str) -> Result<Stored> {
+        let linear = |_: &&(usize, Shape)| !self.dense && is_quantized_linear(name);
+        match self.names.names.get(name).filter(linear) {
+            Some(&(number, shape)) => {
+                let stream = Stream::new(self.names.seed, number as u64);
+                Ok(Stored::Quant(QuantTensor::random(shape, stream)))
+            }
+            None => self.tensor(name).map(Stored::Dense),
+        }
+    }
 
     fn place(&self, name: &str) -> String {
         name.to_string()
     }
-
-    fn quantized(&self, name: &str) -> Option<QuantTensor> {
-        let &(number, shape) = self.names.names.get(name).filter(|_| !self.dense)?;
-        Some(QuantTensor::random(
-            shape,
-            Stream::new(self.names.seed, number as u64),
-        ))
-    }
 }
 
-pub(super) struct Loader<'a, S> {
+pub(super) struct Loader<'a, S: ?Sized> {
     pub source: &'a S,
     pub options: &'a LoadOptions,
 }
 
-impl<S: Source> Loader<'_, S> {
+impl<S: Source + ?Sized> Loader<'_, S> {
     /// A small tensor (norm, bias) in the type of sums; none of its numbers may be NaN or infinite.
     fn small(&self, name: &str) -> Result<Param> {
-        let tensor = self.source.tensor(name)?;
+        let tensor = self.source.dense(name)?;
         if !tensor.is_planned() {
             refuse_non_finite(&self.source.place(name), &tensor)?;
         }
@@ -234,7 +262,7 @@ impl<S: Source> Loader<'_, S> {
         ))
     }
 
-    fn norm(&self, name: &str, eps: f64) -> Result<LayerNorm> {
+    pub(super) fn norm(&self, name: &str, eps: f64) -> Result<LayerNorm> {
         let (weight, bias) = (
             self.small(&format!("{name}.weight"))?,
             self.small(&format!("{name}.bias"))?,
@@ -260,17 +288,16 @@ impl<S: Source> Loader<'_, S> {
     }
 
     fn weight_in_place(&self, name: &str) -> Result<Weight> {
-        let place = |weight| {
-            let weight = ops::place_quantized(weight, self.options.compute.device)?;
-            Ok(Weight::Quant(Box::new(weight)))
+        let device = self.options.compute.device;
+        let stored = match self.source.weight(name)? {
+            Stored::Quant(weight) => {
+                return Ok(Weight::Quant(Box::new(ops::place_quantized(weight, device)?)));
+            }
+            Stored::Int8(weight) => return Ok(Weight::Int8(Box::new(ops::place_int8(weight, device)?))),
+            Stored::Dense(stored) => stored,
         };
-        if let Some(weight) = self.source.quantized(name) {
-            return place(weight);
-        }
-        let stored = self.source.tensor(name)?;
         match (self.options.weights, stored.dtype()) {
-            (_, DType::U8) => place(QuantTensor::from_bnb(name, |n| self.source.tensor(n))?),
-            (Weights::AsStored, _) => Ok(Weight::Dense(self.large(name)?)),
+            (Weights::AsStored, _) => Ok(Weight::Dense(self.dense(stored)?)),
             (
                 Weights::Quantized {
                     quant_type,
@@ -278,7 +305,7 @@ impl<S: Source> Loader<'_, S> {
                 },
                 _,
             ) => {
-                let (place, device) = (self.source.place(name), self.options.compute.device);
+                let place = self.source.place(name);
                 let weight = ops::quantize(&place, &stored, quant_type, double_quant, device)?;
                 Ok(Weight::Quant(Box::new(weight)))
             }
@@ -288,7 +315,10 @@ impl<S: Source> Loader<'_, S> {
     /// A tensor of any size. On the CPU in place; one wider than the compute type cannot be decoded tile by tile and is
     /// rounded here. A device gets a copy in the compute type.
     pub(super) fn large(&self, name: &str) -> Result<Param> {
-        let tensor = self.source.tensor(name)?;
+        self.dense(self.source.dense(name)?)
+    }
+
+    fn dense(&self, tensor: Tensor) -> Result<Param> {
         let Compute { device, dtype } = self.options.compute;
         Ok(Param::frozen(match device {
             Device::Cuda(_) => tensor.to_device_as(device, dtype)?,
@@ -297,7 +327,8 @@ impl<S: Source> Loader<'_, S> {
         }))
     }
 
-    pub fn model(&self, config: &ModelConfig, separate_head: bool) -> Result<Model> {
+    pub fn model(&self) -> Result<Model> {
+        let (config, separate_head) = (self.source.config(), self.source.separate_head()?);
         let (lm_head, stored_head) = account("head", || self.head(separate_head))?;
         Ok(Model {
             embedding: account("embedding", || self.embedding(separate_head))?,
@@ -317,7 +348,7 @@ impl<S: Source> Loader<'_, S> {
         })
     }
 
-    fn block(&self, i: usize, config: &ModelConfig) -> Result<Block> {
+    pub(super) fn block(&self, i: usize, config: &ModelConfig) -> Result<Block> {
         account("weights", || self.block_tensors(i, config))
     }
 
@@ -348,12 +379,15 @@ impl Model {
     /// A tensor is missing, extra, mis-shaped or truncated, each named; a weight to be quantised is not finite.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model> {
         checkpoint.validate()?;
-        let separate_head = checkpoint.has_separate_head()?;
-        Loader {
-            source: checkpoint,
-            options,
-        }
-        .model(checkpoint.config(), separate_head)
+        Self::load_from(checkpoint, options)
+    }
+
+    /// [`Model::load`], from wherever weights come.
+    ///
+    /// # Errors
+    /// A weight is missing or cannot be read; one that is to be quantised is not finite.
+    pub fn load_from(source: &dyn Source, options: &LoadOptions) -> Result<Model> {
+        Loader { source, options }.model()
     }
 
     /// A model that has learnt nothing: weights and embedding normal with deviation 0.02, biases 0, norms 1; head tied.
@@ -365,7 +399,7 @@ impl Model {
             source: &Initializer::new(config, seed),
             options,
         }
-        .model(config, false)
+        .model()
     }
 
     /// A model to measure with: NF4 weights of random codes, random embedding, head tied. It has the bytes and the costs of
@@ -393,6 +427,6 @@ impl Model {
     ) -> Result<Model> {
         let names = Initializer::new(config, seed);
         let source = &Synthesizer { names, dense };
-        Loader { source, options }.model(config, false)
+        Loader { source, options }.model()
     }
 }

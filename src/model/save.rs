@@ -4,47 +4,27 @@
 //! the model itself has there.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::ops::Range;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Model, config};
 use crate::checkpoint::quantized::{companions, is_quantized, is_quantized_linear};
 use crate::checkpoint::{
-    Checkpoint, LM_HEAD, PartialFolder, SafetensorsWriter, WORD_EMBEDDINGS, atomic, refuse_non_finite,
+    Checkpoint, LM_HEAD, PartialFolder, WORD_EMBEDDINGS, check_output, refuse_non_finite, shards,
 };
 use crate::error::{Error, Result};
 use crate::nn::Param;
 use crate::tensor::{DType, Device, Shape, Tensor};
 
-/// Bytes of tensors in a file, as transformers cuts them: at most so many, or one tensor.
-pub const SHARD_BYTES: u64 = 5_000_000_000;
-/// Elements that are converted at once.
-const PIECE: usize = 1 << 20;
-/// In the files' metadata: what wrote them.
-const WRITER: &str = "glmtune";
-
 /// Where a tensor of the folder comes from.
+#[derive(Clone, Copy)]
 enum Origin<'a> {
     /// The model.
     Model(&'a Param),
     /// The base: the model has no use for it, or not another one.
     Base,
-}
-
-/// A tensor of the folder, in the base's type.
-struct Entry<'a> {
-    name: String,
-    dtype: DType,
-    shape: Shape,
-    origin: Origin<'a>,
-}
-
-impl Entry<'_> {
-    fn bytes(&self) -> u64 {
-        (self.shape.elements() * self.dtype.size()) as u64
-    }
 }
 
 /// Writes `model` into the folder `dir`, with the names, types, configuration, tokenizer and code of the folder `base`.
@@ -54,7 +34,7 @@ impl Entry<'_> {
 /// that has become separate makes `tie_word_embeddings` false. Files of more than `shard_bytes` are cut, with an index.
 ///
 /// # Errors
-/// The base is in 4 bits or another model; the model has an adapter; a weight is beyond what its type can hold; `dir` holds
+/// The base is in few bits or another model; the model has an adapter; a weight is beyond what its type can hold; `dir` holds
 /// other files or cannot be written.
 pub(super) fn save(model: &Model, base: &Path, dir: &Path, shard_bytes: u64) -> Result<()> {
     let source = Checkpoint::open(base)?;
@@ -67,38 +47,23 @@ pub(super) fn save(model: &Model, base: &Path, dir: &Path, shard_bytes: u64) -> 
             remedy,
         ));
     }
-    refuse_foreign(&source, dir)?;
-    let entries = entries(model, &source)?;
-    let shards = cut(&entries, shard_bytes);
+    check_output(dir, &[("the base model itself", base)], true)?;
+    let (parts, origins) = parts(model, &source)?;
     let folder = PartialFolder::create(dir)?;
-    let metadata = BTreeMap::from([
-        ("format".to_string(), "pt".to_string()),
-        (WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
-        (
-            "torch_dtype".to_string(),
-            stored_dtype(&source).name().to_string(),
-        ),
-    ]);
-    let mut files = BTreeMap::new();
-    for (i, shard) in shards.iter().enumerate() {
-        let file = match shards.len() {
-            1 => "model.safetensors".to_string(),
-            count => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-        };
-        let specs: Vec<_> = shard.iter().map(|e| (e.name.clone(), e.dtype, e.shape)).collect();
-        let mut writer = SafetensorsWriter::create(&folder.dir().join(&file), &specs, &metadata)?;
-        for entry in *shard {
-            write(&source, entry, &mut writer)?;
-            files.insert(entry.name.clone(), Value::from(file.clone()));
-        }
-        writer.finish()?;
-    }
-    if shards.len() > 1 {
-        let total: u64 = entries.iter().map(Entry::bytes).sum();
-        let index = json!({ "metadata": { "total_size": total }, "weight_map": files });
-        let path = folder.dir().join("model.safetensors.index.json");
-        atomic::write(&path, format!("{index:#}\n").as_bytes())?;
-    }
+    let mut values = Values {
+        source: &source,
+        origins,
+        at_hand: None,
+    };
+    let (dtype, mut progress) = (stored_dtype(&source), |_: u64, _: u64, _: &str| Ok(()));
+    shards::write_shards(
+        folder.dir(),
+        &parts,
+        dtype,
+        shard_bytes,
+        &mut values,
+        &mut progress,
+    )?;
     for path in companions(&source) {
         let target = folder.dir().join(path.file_name().unwrap_or_default());
         std::fs::copy(&path, &target).map_err(Error::io(&target, "write"))?;
@@ -123,8 +88,11 @@ fn stored_dtype(source: &Checkpoint) -> DType {
         .unwrap_or(source.config().torch_dtype)
 }
 
-/// The tensors of the base, in its order, and a head that it has not.
-fn entries<'a>(model: &'a Model, source: &Checkpoint) -> Result<Vec<Entry<'a>>> {
+/// The tensors of the base, in its order, and a head that it has not; and where each comes from.
+fn parts<'a>(
+    model: &'a Model,
+    source: &Checkpoint,
+) -> Result<(Vec<shards::Part>, BTreeMap<String, Origin<'a>>)> {
     let mut params = BTreeMap::new();
     model.for_each_param(&mut |name, param| {
         params.insert(name.to_string(), param);
@@ -133,7 +101,7 @@ fn entries<'a>(model: &'a Model, source: &Checkpoint) -> Result<Vec<Entry<'a>>> 
     if params.contains_key(LM_HEAD) && !source.contains(LM_HEAD) {
         names.push(LM_HEAD.to_string());
     }
-    let mut entries = Vec::with_capacity(names.len());
+    let (mut parts, mut origins) = (Vec::with_capacity(names.len()), BTreeMap::new());
     for name in names {
         let origin = match params.remove(&name) {
             Some(param) => Origin::Model(param),
@@ -146,7 +114,7 @@ fn entries<'a>(model: &'a Model, source: &Checkpoint) -> Result<Vec<Entry<'a>>> 
             None => Origin::Base,
         };
         let dtype = source.dtype(&name).unwrap_or(stored_dtype(source));
-        let shape = match (&origin, source.shape(&name)) {
+        let shape = match (origin, source.shape(&name)) {
             (Origin::Model(param), stored) => {
                 let shape = param.value.shape();
                 if stored.is_some_and(|stored| stored != shape) {
@@ -159,12 +127,8 @@ fn entries<'a>(model: &'a Model, source: &Checkpoint) -> Result<Vec<Entry<'a>>> 
             }
             (Origin::Base, stored) => stored.unwrap_or(Shape::new(&[])),
         };
-        entries.push(Entry {
-            name,
-            dtype,
-            shape,
-            origin,
-        });
+        origins.insert(name.clone(), origin);
+        parts.push(shards::Part { name, dtype, shape });
     }
     if let Some(name) = params.keys().next() {
         let found = format!("{name}, which the base has not");
@@ -176,108 +140,78 @@ fn entries<'a>(model: &'a Model, source: &Checkpoint) -> Result<Vec<Entry<'a>>> 
             remedy,
         ));
     }
-    Ok(entries)
+    Ok((parts, origins))
 }
 
-/// Entries in their order, in pieces of at most `most` bytes or of one tensor.
-fn cut<'a, 'b>(entries: &'b [Entry<'a>], most: u64) -> Vec<&'b [Entry<'a>]> {
-    let mut shards = Vec::new();
-    let (mut first, mut bytes) = (0, 0);
-    for (i, entry) in entries.iter().enumerate() {
-        if i > first && bytes + entry.bytes() > most {
-            shards.push(&entries[first..i]);
-            (first, bytes) = (i, 0);
-        }
-        bytes += entry.bytes();
-    }
-    shards.push(&entries[first..]);
-    shards
+/// The numbers of a model in the base's types.
+struct Values<'a> {
+    source: &'a Checkpoint,
+    origins: BTreeMap<String, Origin<'a>>,
+    /// The tensor whose pieces are asked for.
+    at_hand: Option<(String, Value<'a>)>,
 }
 
-fn write(source: &Checkpoint, entry: &Entry<'_>, writer: &mut SafetensorsWriter) -> Result<()> {
-    let Origin::Model(param) = entry.origin else {
-        return writer.write(&entry.name, source.tensor(&entry.name)?.bytes());
-    };
-    let copied;
-    let value = match param.value.device() {
-        Device::Cpu => &param.value,
-        Device::Cuda(_) => {
-            copied = param.value.to_device(Device::Cpu)?;
-            &copied
-        }
-    };
-    // A frozen value that the device holds in another type of 16 bits, or in one that is narrower than the base's: what has
-    // not changed keeps the base's bits.
-    let narrowed = value.dtype() != entry.dtype && value.dtype().size() <= entry.dtype.size();
-    if narrowed && !param.trains() && source.contains(&entry.name) {
-        let stored = source.tensor(&entry.name)?;
-        if same_rounded(&stored, value) {
-            return writer.write(&entry.name, stored.bytes());
-        }
-    }
-    writer.write_from(&entry.name, |out| {
-        pieces(value, |piece| {
-            let rounded = piece.to_dtype(entry.dtype);
-            if refuse_non_finite(&entry.name, &rounded).is_err() {
-                let what = format!("{} holds a number that {} cannot", entry.name, entry.dtype);
-                return Err(io::Error::other(what));
-            }
-            out.write_all(rounded.bytes())
-        })
-    })
+/// The numbers of a tensor on the host.
+enum Value<'a> {
+    Model(&'a Tensor),
+    Copied(Tensor),
+    /// The base's, to the bit.
+    Base,
 }
 
-/// Calls `f` on the tensor in pieces, in their order.
-fn pieces<E>(tensor: &Tensor, mut f: impl FnMut(&Tensor) -> Result<(), E>) -> Result<(), E> {
-    let size = tensor.dtype().size();
-    for bytes in tensor.bytes().chunks(PIECE * size) {
-        let mut piece = Tensor::zeros(tensor.dtype(), [bytes.len() / size]);
-        piece.bytes_mut().copy_from_slice(bytes);
-        f(&piece)?;
+impl shards::Pieces for Values<'_> {
+    fn piece(&mut self, part: &shards::Part, rows: Range<usize>) -> Result<Tensor> {
+        if self.at_hand.as_ref().is_none_or(|(name, _)| *name != part.name) {
+            // Two of them are not in memory at once.
+            self.at_hand = None;
+            self.at_hand = Some((part.name.clone(), self.value(part)?));
+        }
+        let value = match &self.at_hand {
+            Some((_, Value::Model(value))) => value,
+            Some((_, Value::Copied(value))) => value,
+            _ => return self.source.tensor_rows(&part.name, rows),
+        };
+        let rounded = value.rows(rows).to_dtype(part.dtype);
+        refuse_non_finite(&part.name, &rounded).map_err(|_| {
+            let found = format!("a number that {} cannot hold", part.dtype);
+            let remedy = "train on, or again, with a lower learning rate";
+            Error::input(&part.name, found, "finite weights", remedy)
+        })?;
+        Ok(rounded)
     }
-    Ok(())
+}
+
+impl<'a> Values<'a> {
+    fn value(&self, part: &shards::Part) -> Result<Value<'a>> {
+        let Some(&Origin::Model(param)) = self.origins.get(&part.name) else {
+            return Ok(Value::Base);
+        };
+        let value = match param.value.device() {
+            Device::Cpu => Value::Model(&param.value),
+            Device::Cuda(_) => Value::Copied(param.value.to_device(Device::Cpu)?),
+        };
+        let held = match &value {
+            Value::Copied(tensor) => tensor,
+            _ => &param.value,
+        };
+        // A frozen value that the device holds in another type of 16 bits, or in one that is narrower than the base's: what has
+        // not changed keeps the base's bits.
+        let narrowed = held.dtype() != part.dtype && held.dtype().size() <= part.dtype.size();
+        let unchanged = narrowed
+            && !param.trains()
+            && self.source.contains(&part.name)
+            && same_rounded(&self.source.tensor(&part.name)?, held);
+        Ok(if unchanged { Value::Base } else { value })
+    }
 }
 
 /// Is `value` what becomes of `stored` in its type?
 fn same_rounded(stored: &Tensor, value: &Tensor) -> bool {
-    let size = value.dtype().size();
-    let mut at = 0;
-    let compared = pieces(stored, |piece| {
-        let bytes = piece.elements() * size;
-        let same = piece.to_dtype(value.dtype()).bytes() == &value.bytes()[at..at + bytes];
-        at += bytes;
-        match same {
-            true => Ok(()),
-            false => Err(()),
-        }
-    });
-    compared.is_ok()
-}
-
-/// What `dir` holds is replaced only when this module wrote it.
-fn refuse_foreign(source: &Checkpoint, dir: &Path) -> Result<()> {
-    let empty = |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
-    let same = match (dir.canonicalize(), source.dir().canonicalize()) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
-    };
-    let ours = || {
-        let metadata = Checkpoint::open(dir).and_then(|c| c.metadata());
-        metadata.is_ok_and(|m| m.contains_key(WRITER) && m.contains_key("torch_dtype"))
-    };
-    if !dir.exists() || !same && dir.is_dir() && (empty(dir) || ours()) {
-        return Ok(());
-    }
-    let found = if same {
-        "the base model itself"
-    } else {
-        "other files"
-    };
-    let expected = "nothing, an empty folder, or a model that glmtune trained";
-    Err(Error::input(
-        dir.display(),
-        found,
-        expected,
-        "give another folder",
-    ))
+    const ROWS: usize = 256;
+    let rows = stored.shape().extents()[0];
+    (0..rows).step_by(ROWS).all(|first| {
+        let piece = first..rows.min(first + ROWS);
+        let rounded = stored.rows(piece.clone()).to_dtype(value.dtype());
+        rounded.bytes() == value.rows(piece).bytes()
+    })
 }

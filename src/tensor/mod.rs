@@ -11,9 +11,11 @@ mod transfer;
 mod types;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 pub use bytes::{Bytes, ScratchBytes};
@@ -382,6 +384,37 @@ impl Tensor {
         }
     }
 
+    /// `self[at..] = from[range]`, counted in elements, of a tensor of the same type in the same place.
+    ///
+    /// # Errors
+    /// Type or place differ, a range lies outside its tensor, or the copy fails.
+    pub fn copy_range(&mut self, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
+        let within = |start: usize, tensor: &Tensor| {
+            let end = start.checked_add(range.len());
+            end.is_some_and(|end| end <= tensor.elements())
+        };
+        let fits = within(at, self) && within(range.start, from);
+        if self.dtype != from.dtype || self.device() != from.device() || !fits {
+            return Err(Error::Shape {
+                operation: "Tensor::copy_range",
+                found: format!("{range:?} of {from:?}"),
+                expected: format!("as many elements from {at} of {self:?}"),
+            });
+        }
+        if self.is_planned() {
+            return Ok(());
+        }
+        let size = self.dtype.size();
+        let (at, start, bytes) = (at * size, range.start * size, range.len() * size);
+        match (&mut self.buffer, &from.buffer) {
+            (Buffer::Cuda(to), Buffer::Cuda(source)) => exclusive(to).copy_range(at, source, start, bytes),
+            _ => {
+                self.bytes_mut()[at..at + bytes].copy_from_slice(&from.bytes()[start..start + bytes]);
+                Ok(())
+            }
+        }
+    }
+
     fn write_bytes(&mut self, bytes: &[u8]) -> Result<()> {
         if let Buffer::Cuda(memory) = &mut self.buffer {
             return exclusive(memory).upload(0, bytes);
@@ -503,6 +536,17 @@ impl Tensor {
         bytemuck::cast_slice_mut(self.bytes_mut())
     }
 
+    /// A copy of the rows `rows`, elements of a vector. Panics when there are fewer.
+    pub fn rows(&self, rows: std::ops::Range<usize>) -> Self {
+        let mut extents = self.shape.extents().to_vec();
+        let row = self.byte_len() / extents[0].max(1);
+        extents[0] = rows.len();
+        let mut out = Self::zeros(self.dtype, Shape::new(&extents));
+        out.bytes_mut()
+            .copy_from_slice(&self.bytes()[rows.start * row..rows.end * row]);
+        out
+    }
+
     /// Every element as f64, whatever the type: for tests, reports and checks.
     pub fn to_f64_vec(&self) -> Vec<f64> {
         match self.dtype {
@@ -513,6 +557,7 @@ impl Tensor {
             DType::I64 => self.as_slice::<i64>().iter().map(|&x| x as f64).collect(),
             DType::I32 => self.as_slice::<i32>().iter().map(|&x| f64::from(x)).collect(),
             DType::U8 => self.as_slice::<u8>().iter().map(|&x| f64::from(x)).collect(),
+            DType::I8 => self.as_slice::<i8>().iter().map(|&x| f64::from(x)).collect(),
         }
     }
 
@@ -535,10 +580,10 @@ impl Tensor {
         }
         match (self.dtype, dtype) {
             (a, b) if a == b => out.bytes_mut().copy_from_slice(self.bytes()),
-            (DType::F16, DType::F32) => convert!(f16, f32, f16::to_f32),
+            (DType::F16, DType::F32) => self.as_slice::<f16>().convert_to_f32_slice(out.as_mut_slice()),
             (DType::BF16, DType::F32) => convert!(bf16, f32, bf16::to_f32),
             (DType::F64, DType::F32) => convert!(f64, f32, |x: f64| x as f32),
-            (DType::F32, DType::F16) => convert!(f32, f16, f16::from_f32),
+            (DType::F32, DType::F16) => out.as_mut_slice::<f16>().convert_from_f32_slice(self.as_slice()),
             (DType::F32, DType::BF16) => convert!(f32, bf16, bf16::from_f32),
             (DType::F16, DType::BF16) => convert!(f16, bf16, |x: f16| bf16::from_f32(x.to_f32())),
             (DType::BF16, DType::F16) => convert!(bf16, f16, |x: bf16| f16::from_f32(x.to_f32())),

@@ -86,6 +86,8 @@ pub enum DType {
     I32,
     /// Byte: 4-bit codes in pairs, quantised scales, flags.
     U8,
+    /// Signed byte: the type of 4- and 8-bit codes in the files of others.
+    I8,
 }
 
 impl DType {
@@ -95,7 +97,7 @@ impl DType {
             DType::F64 | DType::I64 => 8,
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
-            DType::U8 => 1,
+            DType::U8 | DType::I8 => 1,
         }
     }
 
@@ -122,6 +124,7 @@ impl DType {
             DType::I64 => "int64",
             DType::I32 => "int32",
             DType::U8 => "uint8",
+            DType::I8 => "int8",
         }
     }
 }
@@ -141,7 +144,7 @@ pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug + 'static {
 macro_rules! elements {
     ($($t:ty => $d:ident),*) => { $(impl Element for $t { const DTYPE: DType = DType::$d; })* };
 }
-elements!(f64 => F64, f32 => F32, f16 => F16, bf16 => BF16, i64 => I64, i32 => I32, u8 => U8);
+elements!(f64 => F64, f32 => F32, f16 => F16, bf16 => BF16, i64 => I64, i32 => I32, u8 => U8, i8 => I8);
 
 /// The extents of a tensor, at most four.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
