@@ -153,6 +153,11 @@ fn stored(n: usize, k: usize) -> Vec<(&'static str, Stored, Vec<f64>)> {
     let q = RowInt8::quantize("w", &w).unwrap();
     let values = q.dequantize().to_f64_vec();
     out.push(("int8", Stored::Int8(q), values));
+    if k > 0 && k.is_multiple_of(64) {
+        let q = QuantTensor::quantize(&w, QuantType::Int4, false).unwrap();
+        let values = q.dequantize().to_f64_vec();
+        out.push(("int4", Stored::Quant(Box::new(q)), values));
+    }
     out
 }
 

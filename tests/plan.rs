@@ -1,5 +1,7 @@
 //! Is the plan what a run allocates, to the byte? Does the choice fit, and change no number?
 
+#[path = "bases/folders.rs"]
+mod folders;
 #[path = "common/program.rs"]
 mod program;
 
@@ -8,7 +10,7 @@ use glmtune::checkpoint::quantized::open_or_quantize;
 use glmtune::config::LossReduction;
 use glmtune::data::batch::{Batch, Span};
 use glmtune::model::tune::{self, FreezeModules, LoraConfig, LoraInit, PrefixConfig, SavedModule, Tuning};
-use glmtune::model::{EmbeddingPlace, HeadStorage, LoadedFrom, Model, ModelConfig};
+use glmtune::model::{EmbeddingPlace, HeadStorage, Linears, LoadedFrom, Model, ModelConfig};
 use glmtune::optim::{OptimizerConfig, OptimizerKind};
 use glmtune::quant::QuantType;
 use glmtune::schedule::Schedule;
@@ -44,7 +46,7 @@ fn chatglm(length: usize) -> Work {
         model: ModelConfig::chatglm_6b(),
         from: LoadedFrom {
             dtype: DType::F16,
-            double_quant: Some(true),
+            linears: Linears::FourBit { double_quant: true },
             separate_head: false,
         },
         tuning: Tuning::Lora(LoraConfig::default()),
@@ -314,6 +316,50 @@ fn a_run_holds_what_its_plan_says_to_the_byte() {
                     &layout,
                     &checkpoint,
                 );
+            }
+        }
+    }
+}
+
+/// Bases in whole numbers: their codes are mapped or placed as they are, the scales of their rows are made.
+#[test]
+fn a_run_on_a_base_in_whole_numbers_holds_what_its_plan_says() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let config = ModelConfig {
+        num_layers: 4,
+        ..folders::toy()
+    };
+    for layout in folders::LAYOUTS {
+        let place = dir.path().join(format!("{layout:?}"));
+        let (tensors, _) = folders::model(layout, &config);
+        folders::write(&place, &config, &folders::keys(layout), &tensors);
+        let checkpoint = Checkpoint::open(&place).unwrap();
+        for compute in devices() {
+            for (name, tuning, kind) in methods() {
+                let work = Work {
+                    model: checkpoint.config().clone(),
+                    from: LoadedFrom::of(&checkpoint).unwrap(),
+                    tuning,
+                    compute,
+                    options: options(kind),
+                    batch: 2,
+                    length: 8,
+                    samples: 2,
+                    folder: dir.path().to_path_buf(),
+                    answers: Vec::new(),
+                    context: 0,
+                };
+                let few = ["plain", "everything"];
+                let layouts = layouts(compute.device).into_iter();
+                for (how, layout) in layouts.filter(|(how, _)| name == "qlora" || few.contains(how)) {
+                    check(
+                        &format!("{layout:?}, {name}, {how}, {compute:?}"),
+                        &work,
+                        &layout,
+                        &checkpoint,
+                    );
+                }
             }
         }
     }

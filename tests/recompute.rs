@@ -5,10 +5,11 @@ mod common;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use glmtune::checkpoint::Patterns;
 use glmtune::cuda;
 use glmtune::data::batch::{Batch, IGNORE, Span};
 use glmtune::model::tune::{self, FreezeModules, LoraConfig, LoraTarget, PrefixConfig, Tuning};
-use glmtune::model::{LayerPolicy, LoadOptions, LoadedFrom, Model, ModelConfig, Recompute, Weights};
+use glmtune::model::{LayerPolicy, Linears, LoadOptions, LoadedFrom, Model, ModelConfig, Recompute, Weights};
 use glmtune::quant::QuantType;
 use glmtune::rng::Stream;
 use glmtune::tensor::ledger::{Ledger, Pool};
@@ -51,6 +52,9 @@ const LORA: LoraConfig = LoraConfig {
     dropout: 0.3,
     rslora: false,
     targets: Vec::new(),
+    layers: Vec::new(),
+    rank_pattern: Patterns::none(),
+    alpha_pattern: Patterns::none(),
     dora: false,
     init: tune::LoraInit::Kaiming,
     modules_to_save: Vec::new(),
@@ -404,7 +408,7 @@ fn layers_share_what_they_make_again() {
 fn chatglm_6b_keeps_and_shares_what_the_documentation_says() {
     let from = LoadedFrom {
         dtype: DType::F16,
-        double_quant: Some(true),
+        linears: Linears::FourBit { double_quant: true },
         separate_head: false,
     };
     let options = LoadOptions {

@@ -12,7 +12,7 @@ use glmtune::checkpoint::Checkpoint;
 use glmtune::cuda;
 use glmtune::data::batch::{Batch, IGNORE, Span};
 use glmtune::model::tune::{self, FreezeModules, LoraConfig, LoraInit, PrefixConfig, Tuning};
-use glmtune::model::{LayerPolicy, LoadOptions, LoadedFrom, Model, ModelConfig, Recompute, Weights};
+use glmtune::model::{LayerPolicy, Linears, LoadOptions, LoadedFrom, Model, ModelConfig, Recompute, Weights};
 use glmtune::quant::QuantType;
 use glmtune::rng::Stream;
 use glmtune::tensor::ledger::{Ledger, Pool};
@@ -334,9 +334,9 @@ fn device_memory_is_smaller_by_what_waits_and_a_plan_knows_it() {
             let _planned = ledger.plan(|| {
                 let from = LoadedFrom {
                     dtype: DType::F16,
-                    double_quant: match weights {
-                        Weights::AsStored => None,
-                        Weights::Quantized { double_quant, .. } => Some(double_quant),
+                    linears: match weights {
+                        Weights::AsStored => Linears::Dense,
+                        Weights::Quantized { double_quant, .. } => Linears::FourBit { double_quant },
                     },
                     separate_head: false,
                 };
@@ -370,7 +370,7 @@ fn a_plan_knows_which_blocks_do_not_wait() {
         let _real = real.scope(|| made(Model::initialize(&toy(LAYERS), 7, &options).unwrap()));
         let from = LoadedFrom {
             dtype: DType::F16,
-            double_quant: None,
+            linears: Linears::Dense,
             separate_head: false,
         };
         let _plan = plan.plan(|| made(Model::planned(&toy(LAYERS), from, &options).unwrap()));

@@ -11,7 +11,7 @@ use crate::config::LossReduction;
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::model::tune::{self, LoraConfig, Tuning};
-use crate::model::{EmbeddingPlace, HeadStorage, LoadedFrom, Model, ModelConfig};
+use crate::model::{EmbeddingPlace, HeadStorage, Linears, LoadedFrom, Model, ModelConfig};
 use crate::ops;
 use crate::optim::{OptimizerConfig, OptimizerKind};
 use crate::schedule::{Schedule, Scheduler};
@@ -75,7 +75,10 @@ fn work(settings: &MemorySettings, length: usize) -> Work {
         model: settings.config.clone(),
         from: LoadedFrom {
             dtype: DType::F16,
-            double_quant: (!settings.full).then_some(true),
+            linears: match settings.full {
+                true => Linears::Dense,
+                false => Linears::FourBit { double_quant: true },
+            },
             separate_head: false,
         },
         tuning: match settings.full {

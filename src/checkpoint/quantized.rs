@@ -9,16 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
-use sha2::{Digest, Sha256};
+use serde_json::{Value, json};
 
 use super::fingerprint::{self, SourceFile, Stamp};
 use super::folder::PartialFolder;
-use super::{Checkpoint, LM_HEAD, SafetensorsWriter, WORD_EMBEDDINGS, atomic, refuse_non_finite};
+use super::{Checkpoint, LM_HEAD, SafetensorsWriter, Source, Stored, atomic, refuse_non_finite};
 use crate::error::{Error, Result};
 use crate::model::config::{self, QuantizationConfig};
-use crate::quant::{QuantTensor, QuantType};
-use crate::tensor::{DType, Shape};
+use crate::quant::{Absmax, QuantTensor, QuantType};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// The file in a 4-bit folder that tells its source.
 pub const CACHE_FILE: &str = "glmtune.json";
@@ -61,7 +60,7 @@ pub enum CacheStatus {
     Refreshed,
     /// The source's content, or the cache itself, had changed: quantised again.
     Replaced,
-    /// The source is in 4 bits itself and used as it is.
+    /// The source is in few bits itself and used as it is.
     AlreadyQuantized,
 }
 
@@ -79,7 +78,7 @@ pub struct CacheRecord {
 }
 
 impl CacheRecord {
-    /// Reads `glmtune.json` of a folder.
+    /// Reads `glmtune.json` of a 4-bit folder.
     ///
     /// # Errors
     /// There is none, or it is not what glmtune writes.
@@ -101,6 +100,14 @@ impl CacheRecord {
         atomic::write(&dir.join(CACHE_FILE), format!("{text}\n").as_bytes())
     }
 
+    /// Have the files of the source not been touched since?
+    ///
+    /// # Errors
+    /// One of them cannot be looked at.
+    pub fn is_untouched(&self, source: &Checkpoint) -> Result<bool> {
+        Ok(self.stamps().eq(&fingerprint::stamps(&source_files(source))?))
+    }
+
     fn stamps(&self) -> impl Iterator<Item = &Stamp> {
         self.source.iter().map(|file| &file.stamp)
     }
@@ -116,6 +123,11 @@ pub fn is_quantized(checkpoint: &Checkpoint) -> bool {
     checkpoint
         .names()
         .any(|name| name.contains(".quant_state.bitsandbytes__"))
+}
+
+/// Are the linears of the checkpoint in 4 or 8 bits, in whatever layout?
+pub fn is_in_few_bits(checkpoint: &Checkpoint) -> bool {
+    checkpoint.config().row_scaled.is_some() || is_quantized(checkpoint)
 }
 
 /// Where the 4-bit form of `source_dir` is kept: `nf4-cache` (`fp4-cache`, `-flat` without double quantisation) in the
@@ -155,7 +167,7 @@ pub fn open_or_quantize(
     progress: &mut Progress,
 ) -> Result<(Checkpoint, CacheStatus)> {
     let source = Checkpoint::open(source_dir)?;
-    if is_quantized(&source) {
+    if is_in_few_bits(&source) {
         return Ok((source, CacheStatus::AlreadyQuantized));
     }
     let cache = cache_folder(source_dir, cache_dir, quant_type, double_quant);
@@ -232,7 +244,7 @@ fn reuse(
 /// before is replaced at the end; until then it stays as it was.
 ///
 /// # Errors
-/// The source lacks tensors, holds weights that are not numbers, is in 4 bits already or changes meanwhile;
+/// The source lacks tensors, holds weights that are not numbers, is in few bits already or changes meanwhile;
 /// `output_dir` cannot be written, holds something else, or is being written by another process.
 pub fn quantize_checkpoint(
     source: &Checkpoint,
@@ -241,11 +253,15 @@ pub fn quantize_checkpoint(
     double_quant: bool,
     progress: &mut Progress,
 ) -> Result<()> {
-    if is_quantized(source) {
+    if is_in_few_bits(source) {
         let remedy = "use this folder as it is, or give the fp16 checkpoint";
+        let found = match source.config().row_scaled {
+            Some(_) => format!("linears in {}", source.config().linears()),
+            None => "4-bit weights".into(),
+        };
         return Err(Error::input(
             source.dir().display(),
-            "4-bit weights",
+            found,
             "a checkpoint to quantise",
             remedy,
         ));
@@ -263,7 +279,14 @@ pub fn quantize_checkpoint(
                 .map(|path| fingerprint::hash(path, &cancelled))
                 .collect::<Result<Vec<String>>>()
         });
-        let written = write_folder(source, partial.dir(), quant_type, double_quant, progress);
+        let written = write_folder(
+            source,
+            source.dir(),
+            partial.dir(),
+            quant_type,
+            double_quant,
+            progress,
+        );
         cancelled.store(written.is_err(), Ordering::Relaxed);
         let hashes = hashing.join().expect("hashing does not panic");
         written.and(hashes)
@@ -310,60 +333,63 @@ fn source_files(source: &Checkpoint) -> Vec<PathBuf> {
 
 /// The files of a model folder beside configuration and weights: tokenizer and code.
 pub(crate) fn companions(source: &Checkpoint) -> impl Iterator<Item = PathBuf> {
+    companions_in(source.dir())
+}
+
+fn companions_in(dir: &Path) -> impl Iterator<Item = PathBuf> {
     COMPANIONS
         .iter()
-        .map(|name| source.dir().join(name))
+        .map(|name| dir.join(name))
         .filter(|path| path.is_file())
 }
 
-fn write_folder(
-    source: &Checkpoint,
+/// Writes the weights of `source` into the folder `dir`: `model.safetensors` with the four linears of every block in bitsandbytes'
+/// layout and everything else in its type, the head left out when it is the embedding; beside `config.json`, tokenizer and code of
+/// the model folder `base`. A linear that `source` has in these very 4 bits keeps its bits.
+///
+/// # Errors
+/// A weight that is in other 4 bits, is no number or cannot be read; the system refuses to write.
+pub(crate) fn write_folder(
+    source: &dyn Source,
+    base: &Path,
     dir: &Path,
     quant_type: QuantType,
     double_quant: bool,
     progress: &mut Progress,
 ) -> Result<()> {
-    let tied = head_equals_embedding(source)?;
-    let mut names: Vec<String> = source
-        .config()
-        .tensors()
-        .into_iter()
-        .map(|(name, _)| name)
-        .collect();
-    names.retain(|name| source.contains(name) && !(tied && name == LM_HEAD));
+    let separate = source.separate_head()?;
+    let mut tensors = source.config().tensors();
+    tensors.retain(|(name, _)| separate || name != LM_HEAD);
 
     let mut specs: Vec<(String, DType, Shape)> = Vec::new();
     let mut total = 0;
-    for name in &names {
-        let (Some(dtype), Some(shape)) = (source.dtype(name), source.shape(name)) else {
-            continue;
-        };
+    for (name, shape) in &tensors {
+        let dtype = source.dtype(name)?;
         total += (shape.elements() * dtype.size()) as u64;
         if is_quantized_linear(name) {
             specs.extend(QuantTensor::bnb_specs(
                 name,
-                shape,
+                *shape,
                 dtype,
                 quant_type,
                 double_quant,
             ));
         } else {
-            specs.push((name.clone(), dtype, shape));
+            specs.push((name.clone(), dtype, *shape));
         }
     }
     let lengths: BTreeMap<String, usize> = specs
         .iter()
         .map(|(name, dtype, shape)| (name.clone(), shape.elements() * dtype.size()))
         .collect();
-    let mut writer = SafetensorsWriter::create(&dir.join("model.safetensors"), &specs, &BTreeMap::new())?;
+    let file = dir.join("model.safetensors");
+    let mut writer = SafetensorsWriter::create(&file, &specs, &BTreeMap::new())?;
     let mut done = 0;
-    for name in &names {
+    for (name, shape) in &tensors {
         progress(done, total, name)?;
-        // Dropped at the end of the turn: its pages go back to the system.
-        let tensor = source.tensor(name)?;
+        let bytes = (shape.elements() * source.dtype(name)?.size()) as u64;
         if is_quantized_linear(name) {
-            let quantized =
-                QuantTensor::quantize_named(&source.place(name), &tensor, quant_type, double_quant)?;
+            let quantized = in_four_bits(source, name, quant_type, double_quant)?;
             for (key, part) in quantized.to_bnb(name) {
                 let mut bytes = std::borrow::Cow::Borrowed(part.bytes());
                 if bytes.len() < lengths[&key] {
@@ -372,51 +398,114 @@ fn write_folder(
                 writer.write(&key, &bytes)?;
             }
         } else {
-            refuse_non_finite(&source.place(name), &tensor)?;
-            writer.write(name, tensor.bytes())?;
+            let mut failure = None;
+            let written = writer.write_from(name, |out| {
+                for_each_piece(source, name, *shape, &mut |piece, first| {
+                    progress(
+                        done + bytes * first as u64 / shape.extents()[0] as u64,
+                        total,
+                        name,
+                    )?;
+                    out.write_all(piece.bytes()).map_err(Error::io(&file, "write"))
+                })
+                .map_err(|error| {
+                    failure = Some(error);
+                    std::io::Error::other("the source ended")
+                })
+            });
+            match failure {
+                Some(error) => return Err(error),
+                None => written?,
+            }
         }
-        done += tensor.bytes().len() as u64;
+        done += bytes;
     }
     progress(total, total, "writing to the disk")?;
     writer.finish()?;
-    for path in companions(source) {
-        let target = dir.join(path.file_name().unwrap_or_default());
-        fs::copy(&path, &target).map_err(Error::io(&target, "write"))?;
-    }
-    write_config(source, dir, quant_type, double_quant, tied)
-}
-
-/// Compares by hash, one tensor mapped at a time.
-fn head_equals_embedding(source: &Checkpoint) -> Result<bool> {
-    if !source.contains(LM_HEAD) || !source.contains(WORD_EMBEDDINGS) {
-        return Ok(false);
-    }
-    let key = |name: &str| (source.dtype(name), source.shape(name));
-    if key(LM_HEAD) != key(WORD_EMBEDDINGS) {
-        return Ok(false);
-    }
-    let digest = |name: &str| Ok::<_, Error>(Sha256::digest(source.tensor(name)?.bytes()));
-    Ok(digest(LM_HEAD)? == digest(WORD_EMBEDDINGS)?)
-}
-
-/// The source's `config.json` with all its keys, and what bitsandbytes' loaders look for.
-fn write_config(
-    source: &Checkpoint,
-    dir: &Path,
-    quant_type: QuantType,
-    double_quant: bool,
-    tied: bool,
-) -> Result<()> {
+    copy_companions(base, dir)?;
     let quantization = QuantizationConfig {
         quant_type: quant_type.name().to_string(),
         use_double_quant: double_quant,
         compute_dtype: source.config().torch_dtype.name().to_string(),
     };
-    let mut keys = vec![("quantization_config", quantization.to_json())];
-    if tied {
-        keys.push(("tie_word_embeddings", json!(true)));
+    let keys = [
+        ("quantization_bit", Value::Null),
+        ("quantization_config", quantization.to_json()),
+        ("tie_word_embeddings", json!(!separate)),
+    ];
+    config::copy(base, dir, &keys)
+}
+
+/// A linear of `source` in 4 bits: as it has it, or quantised from its floats.
+fn in_four_bits(
+    source: &dyn Source,
+    name: &str,
+    quant_type: QuantType,
+    double_quant: bool,
+) -> Result<QuantTensor> {
+    let place = source.place(name);
+    let floats = match source.weight(name)? {
+        Stored::Dense(floats) => floats,
+        Stored::Quant(weight) if weight.quant_type != QuantType::Int4 => {
+            let double = matches!(weight.absmax, Absmax::Nested { .. });
+            if (weight.quant_type, double) == (quant_type, double_quant) {
+                return Ok(weight);
+            }
+            let named = |quant_type, double| match double {
+                true => format!("{quant_type} with double quantisation"),
+                false => format!("{quant_type} without double quantisation"),
+            };
+            return Err(Error::input(
+                place,
+                named(weight.quant_type, double),
+                format!("floats, or {}", named(quant_type, double_quant)),
+                "weights are not rounded to 4 bits twice: give the fp16 checkpoint, or ask for what this one is in",
+            ));
+        }
+        few => few.decoded().to_dtype(source.dtype(name)?),
+    };
+    QuantTensor::quantize_named(&place, &floats, quant_type, double_quant)
+}
+
+/// Elements that are read at once.
+const PIECE: usize = 1 << 22;
+
+/// Calls `f` with the rows of a dense weight (the elements of a vector) in the source's type and their number, piece by piece:
+/// host memory holds 16 MiB of it.
+///
+/// # Errors
+/// A weight that is no number or cannot be read; those of `f`.
+pub(crate) fn for_each_piece(
+    source: &dyn Source,
+    name: &str,
+    shape: Shape,
+    f: &mut dyn FnMut(&Tensor, usize) -> Result<()>,
+) -> Result<()> {
+    let dtype = source.dtype(name)?;
+    let extents = shape.extents();
+    let (rows, row) = (extents[0], extents[1..].iter().product::<usize>());
+    let step = (PIECE / row.max(1)).max(1);
+    for first in (0..rows).step_by(step) {
+        let last = rows.min(first + step);
+        source.will_be_read(name, last..rows.min(last + step));
+        let piece = source.rows(name, first..last)?;
+        let piece = match piece.dtype() == dtype {
+            true => piece,
+            false => piece.to_dtype(dtype),
+        };
+        refuse_non_finite(&source.place(name), &piece)?;
+        f(&piece, first)?;
     }
-    config::copy(source.dir(), dir, &keys)
+    Ok(())
+}
+
+/// Copies tokenizer and code of the model folder `base` into `dir`.
+pub(crate) fn copy_companions(base: &Path, dir: &Path) -> Result<()> {
+    for path in companions_in(base) {
+        let target = dir.join(path.file_name().unwrap_or_default());
+        fs::copy(&path, &target).map_err(Error::io(&target, "write"))?;
+    }
+    Ok(())
 }
 
 /// Whatever `output_dir` holds is replaced only when `quantize` wrote it.

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use super::quantized::is_quantized_linear;
+use super::rows::scales_of;
 use super::{Checkpoint, LM_HEAD, WORD_EMBEDDINGS};
 use crate::checkpoint::pickle::printable;
 use crate::error::{Error, Result};
+use crate::model::config::{ModelConfig, RowScaled};
 use crate::tensor::{DType, Shape};
 
 /// bitsandbytes' keys beside `<weight>` of a 4-bit linear: always there, and with double quantisation.
@@ -29,7 +32,97 @@ pub(super) fn list(problems: &[String]) -> String {
     text
 }
 
+/// How the matrix of a linear is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Floats,
+    BnbFourBit,
+    Rows(RowScaled),
+}
+
+impl Form {
+    /// That of all linears, by `config.json`.
+    fn expected(config: &ModelConfig) -> Self {
+        match (config.row_scaled, &config.quantization_config) {
+            (Some(rows), _) => Form::Rows(rows),
+            (None, Some(_)) => Form::BnbFourBit,
+            (None, None) => Form::Floats,
+        }
+    }
+
+    /// That of one weight, by its own tensors; `None` when they are of none.
+    fn found(checkpoint: &Checkpoint, name: &str, shape: Shape) -> Option<Self> {
+        let has = |form: RowScaled| checkpoint.contains(&scales_of(name, form.scale_suffix()));
+        let thudm = [RowScaled::ThudmInt8, RowScaled::ThudmInt4];
+        let (dtype, found) = checkpoint.dtype(name).zip(checkpoint.shape(name))?;
+        if quant_state(checkpoint, name).is_some() {
+            return Some(Form::BnbFourBit);
+        }
+        if dtype.is_float() {
+            return Some(Form::Floats);
+        }
+        if has(RowScaled::BnbInt8) {
+            return Some(Form::Rows(RowScaled::BnbInt8));
+        }
+        let mut fitting = thudm
+            .into_iter()
+            .filter(|&form| has(form) && form.codes(shape) == found);
+        fitting.next().map(Form::Rows)
+    }
+
+    /// What `config.json` has for it.
+    fn key(self) -> &'static str {
+        match self {
+            Form::Floats => "neither quantization_bit nor quantization_config",
+            Form::BnbFourBit => "quantization_config with load_in_4bit",
+            Form::Rows(RowScaled::ThudmInt8) => "quantization_bit 8",
+            Form::Rows(RowScaled::ThudmInt4) => "quantization_bit 4",
+            Form::Rows(RowScaled::BnbInt8) => "quantization_config with load_in_8bit",
+        }
+    }
+}
+
+impl std::fmt::Display for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Form::Floats => f.write_str("floats"),
+            Form::BnbFourBit => f.write_str("bitsandbytes' 4 bits"),
+            Form::Rows(rows) => rows.fmt(f),
+        }
+    }
+}
+
+/// All linears are stored in the form that `config.json` says. Beside bitsandbytes' 4 bits there may be floats: modules that it was
+/// told to skip.
+fn check_forms(checkpoint: &Checkpoint) -> Result<()> {
+    let config = checkpoint.config();
+    let expected = Form::expected(config);
+    let linears = config
+        .tensors()
+        .into_iter()
+        .filter(|(name, _)| is_quantized_linear(name));
+    let forms = linears.filter_map(|(name, shape)| Some((Form::found(checkpoint, &name, shape)?, name)));
+    let skips = expected == Form::BnbFourBit;
+    let mut others = forms.filter(|(found, _)| *found != expected && !(skips && *found == Form::Floats));
+    let Some((found, first)) = others.next() else {
+        return Ok(());
+    };
+    Err(Error::input(
+        checkpoint.dir().display(),
+        format!(
+            "{first} and {} other linears not as config.json says, but in {found}",
+            others.count()
+        ),
+        format!("all linears in {expected}: config.json has {}", expected.key()),
+        format!(
+            "take config.json and all weights from the same repository; with {found} it has {}",
+            found.key()
+        ),
+    ))
+}
+
 pub(super) fn validate(checkpoint: &Checkpoint) -> Result<()> {
+    check_forms(checkpoint)?;
     let config = checkpoint.config();
     let expected: BTreeMap<String, Shape> = config.tensors().into_iter().collect();
     let mut problems = Vec::new();
@@ -89,12 +182,32 @@ fn check(
     dtype: DType,
     problems: &mut Vec<String>,
 ) {
-    if quant_state(checkpoint, name).is_some() {
-        let codes = Shape::new(&[expected.elements().div_ceil(2), 1]);
-        if found != codes || dtype != DType::U8 {
+    if let Some(rows) = checkpoint
+        .config()
+        .row_scaled
+        .filter(|_| is_quantized_linear(name))
+    {
+        let codes = rows.codes(expected);
+        if found != codes || dtype != DType::I8 {
             problems.push(format!(
-                "{name} {dtype} {found} instead of 4-bit codes {} {codes}",
-                DType::U8
+                "{name} {dtype} {found} instead of codes {} {codes}",
+                DType::I8
+            ));
+        }
+        let scales = scales_of(name, rows.scale_suffix());
+        let outputs = Shape::new(&expected.extents()[..1]);
+        match (checkpoint.shape(&scales), checkpoint.dtype(&scales)) {
+            (Some(shape), Some(dtype)) if shape == outputs && dtype.is_float() => {}
+            (Some(shape), Some(dtype)) => {
+                problems.push(format!("{scales} {dtype} {shape} instead of floats {outputs}"));
+            }
+            _ => problems.push(format!("missing {scales} {outputs}")),
+        }
+    } else if quant_state(checkpoint, name).is_some() {
+        let codes = expected.elements().div_ceil(2);
+        if found.elements() * dtype.size() != codes {
+            problems.push(format!(
+                "{name} {dtype} {found} instead of {codes} bytes of 4-bit codes"
             ));
         }
         let nested = checkpoint.dtype(&format!("{name}.absmax")) == Some(DType::U8);
@@ -112,7 +225,7 @@ fn check(
 }
 
 /// The key of a weight's 4-bit state, when it has one.
-fn quant_state(checkpoint: &Checkpoint, name: &str) -> Option<String> {
+pub(super) fn quant_state(checkpoint: &Checkpoint, name: &str) -> Option<String> {
     STATES
         .iter()
         .map(|state| format!("{name}{state}"))
@@ -124,6 +237,15 @@ fn is_inv_freq(name: &str) -> bool {
 }
 
 fn belongs_to_quantised(checkpoint: &Checkpoint, expected: &BTreeMap<String, Shape>, name: &str) -> bool {
+    if let Some(rows) = checkpoint.config().row_scaled {
+        return [rows.scale_suffix(), ".weight_format"].iter().any(|suffix| {
+            let module = name.strip_suffix(suffix);
+            module.is_some_and(|module| {
+                let weight = format!("{module}.weight");
+                is_quantized_linear(&weight) && expected.contains_key(&weight)
+            })
+        });
+    }
     FLAT.iter().chain(&NESTED).chain(&STATES).any(|suffix| {
         name.strip_suffix(suffix).is_some_and(|weight| {
             expected

@@ -7,7 +7,9 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::quantized::{CACHE_FILE, CacheRecord};
-use crate::checkpoint::{Checkpoint, LM_HEAD, read_adapter, read_tensors};
+use crate::checkpoint::{
+    AdapterConfig, Checkpoint, LM_HEAD, Source, Stored, read_adapter, read_folder, read_tensors,
+};
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::model::tune::{self, Loaded, PrefixConfig};
@@ -114,11 +116,15 @@ fn model(path: &Path) -> Result<Report> {
     let checkpoint = Checkpoint::open(path)?;
     let config = checkpoint.config();
     let names: Vec<String> = checkpoint.names().map(String::from).collect();
-    let rows = rows(&names, |name| checkpoint.tensor(name))?;
+    let rows = match config.row_scaled {
+        Some(_) => rows_of_whole_numbers(&checkpoint, &names)?,
+        None => rows(&names, |name| checkpoint.tensor(name))?,
+    };
     let quantized = rows.iter().find(|row| row.stored == "nf4" || row.stored == "fp4");
-    let kind = match quantized {
-        Some(row) => format!("ChatGLM-6B model in 4 bits ({}, bitsandbytes layout)", row.stored),
-        None => "ChatGLM-6B model".to_string(),
+    let kind = match (config.row_scaled, quantized) {
+        (Some(layout), _) => format!("ChatGLM-6B model in {} ({layout})", config.linears()),
+        (None, Some(row)) => format!("ChatGLM-6B model in 4 bits ({}, bitsandbytes layout)", row.stored),
+        (None, None) => "ChatGLM-6B model".to_string(),
     };
     let mut facts = start(path, &kind);
     facts.insert("vocabulary".into(), json!(vocabulary(config)));
@@ -190,12 +196,18 @@ fn adapter(path: &Path) -> Result<Report> {
     facts.insert("r".into(), json!(config.r));
     facts.insert("lora_alpha".into(), json!(config.lora_alpha));
     facts.insert("lora_dropout".into(), json!(config.lora_dropout));
-    let root = if config.use_rslora {
-        (config.r as f64).sqrt()
-    } else {
-        config.r as f64
-    };
-    facts.insert("scaling".into(), json!(config.lora_alpha / root));
+    let scaling = AdapterConfig::scaling(config.lora_alpha, config.r, config.use_rslora);
+    facts.insert("scaling".into(), json!(scaling));
+    if !config.rank_pattern.is_empty() {
+        facts.insert("rank_pattern".into(), config.rank_pattern.to_json(|r| json!(r)));
+    }
+    if !config.alpha_pattern.is_empty() {
+        let alphas = config.alpha_pattern.to_json(|alpha| json!(alpha));
+        facts.insert("alpha_pattern".into(), alphas);
+    }
+    if !config.layers_to_transform.is_empty() {
+        facts.insert("layers_to_transform".into(), json!(config.layers_to_transform));
+    }
     facts.insert("use_rslora".into(), json!(config.use_rslora));
     facts.insert("use_dora".into(), json!(config.use_dora));
     facts.insert("target_modules".into(), json!(config.target_modules));
@@ -209,7 +221,7 @@ fn adapter(path: &Path) -> Result<Report> {
 }
 
 fn prefix(path: &Path, prefix: &PrefixConfig) -> Result<Report> {
-    let tensors = read_tensors(&path.join("pytorch_model.bin"))?;
+    let tensors = read_folder(path)?;
     let mut facts = start(path, "P-Tuning v2 prefix (official layout)");
     facts.insert("pre_seq_len".into(), json!(prefix.pre_seq_len));
     facts.insert("prefix_projection".into(), json!(prefix.projection));
@@ -352,6 +364,37 @@ fn rows(names: &[String], get: impl Fn(&str) -> Result<Tensor>) -> Result<Vec<Ro
             rows.push(row(name, &get(name)?));
         }
     }
+    Ok(rows)
+}
+
+/// One row per weight, the codes and the scales of its rows folded into one; parts that fit no weight are rows of their own.
+fn rows_of_whole_numbers(checkpoint: &Checkpoint, names: &[String]) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let mut parts = BTreeSet::new();
+    for (name, _) in checkpoint.config().tensors() {
+        let (stored, shape) = match checkpoint.weight(&name) {
+            Ok(Stored::Int8(weight)) => ("int8".to_string(), weight.shape()),
+            Ok(Stored::Quant(weight)) => (weight.quant_type.to_string(), weight.shape),
+            Ok(Stored::Dense(_)) | Err(_) => continue,
+        };
+        let module = name.strip_suffix(".weight").unwrap_or(&name);
+        let keys = ["weight", "weight_scale", "SCB", "weight_format"].map(|part| format!("{module}.{part}"));
+        let mut bytes = 0;
+        for key in keys.into_iter().filter(|key| checkpoint.contains(key)) {
+            bytes += checkpoint.tensor(&key)?.bytes().len();
+            parts.insert(key);
+        }
+        rows.push(Row {
+            name,
+            stored,
+            shape,
+            bytes,
+        });
+    }
+    for name in names.iter().filter(|name| !parts.contains(*name)) {
+        rows.push(row(name, &checkpoint.tensor(name)?));
+    }
+    rows.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(rows)
 }
 

@@ -124,14 +124,14 @@ fn resolve(mut train: TrainArgs) -> Result<(RunConfig, ModelConfig)> {
 }
 
 fn work(config: &RunConfig, model: &ModelConfig, compute: Compute, hypothetical: bool) -> Result<Work> {
-    let quantized = model.quantization_config.as_ref();
-    let from = LoadedFrom {
+    let stored = LoadedFrom {
         dtype: model.torch_dtype,
-        double_quant: match config.in_four_bits() {
-            true => Some(!config.no_double_quant),
-            false => quantized.map(|quantized| quantized.use_double_quant),
-        },
+        linears: model.linears(),
         separate_head: !model.tie_word_embeddings,
+    };
+    let from = match config.in_four_bits() {
+        true => stored.in_four_bits(!config.no_double_quant),
+        false => stored,
     };
     // As the data of a run is cut.
     let longest = model.max_sequence_length;

@@ -117,7 +117,7 @@ pub fn describe(status: CacheStatus) -> &'static str {
         CacheStatus::Reused => "there already, made from this very model",
         CacheStatus::Refreshed => "there already; the model's files were touched but are the same",
         CacheStatus::Replaced => "written again: the model (or the folder) had changed since it was made",
-        CacheStatus::AlreadyQuantized => "already in 4 bits, used as it is",
+        CacheStatus::AlreadyQuantized => "already in few bits, used as it is",
     }
 }
 
@@ -133,8 +133,9 @@ fn folder_bytes(dir: &Path) -> u64 {
         .sum()
 }
 
-/// The progress of quantising: a bar on a terminal, a line per tenth elsewhere.
+/// The progress of work on the bytes of a model: a bar on a terminal, a line per tenth elsewhere.
 pub struct QuantizeProgress {
+    doing: &'static str,
     bar: Option<ProgressBar>,
     terminal: bool,
     start: Instant,
@@ -150,7 +151,13 @@ impl Default for QuantizeProgress {
 impl QuantizeProgress {
     /// Shows nothing until the first [`QuantizeProgress::update`].
     pub fn new() -> Self {
+        Self::of("quantising")
+    }
+
+    /// The progress of other work: `doing` is its participle.
+    pub fn of(doing: &'static str) -> Self {
         Self {
+            doing,
             bar: None,
             terminal: std::io::stderr().is_terminal(),
             start: Instant::now(),
@@ -163,9 +170,9 @@ impl QuantizeProgress {
         if self.terminal {
             let bar = self.bar.get_or_insert_with(|| {
                 let template =
-                    "quantising {bar:32} {bytes}/{total_bytes} {binary_bytes_per_sec} eta {eta} {wide_msg}";
+                    "{prefix} {bar:32} {bytes}/{total_bytes} {binary_bytes_per_sec} eta {eta} {wide_msg}";
                 let style = ProgressStyle::with_template(template).expect("the template is a constant");
-                ProgressBar::new(total).with_style(style)
+                ProgressBar::new(total).with_style(style).with_prefix(self.doing)
             });
             bar.set_length(total);
             bar.set_position(done);
@@ -177,7 +184,8 @@ impl QuantizeProgress {
             self.tenths = tenths;
             let seconds = self.start.elapsed().as_secs_f64();
             eprintln!(
-                "quantising: {}% of {}, {seconds:.0} s",
+                "{}: {}% of {}, {seconds:.0} s",
+                self.doing,
                 tenths * 10,
                 indicatif::HumanBytes(total)
             );

@@ -114,10 +114,18 @@ impl Memory {
     /// # Errors
     /// One of the two is shorter, or on another device.
     pub fn copy_from(&mut self, from: &Memory, bytes: usize) -> Result<()> {
-        self.check("copy", 0, bytes)?;
-        from.check("copy", 0, bytes)?;
+        self.copy_range(0, from, 0, bytes)
+    }
+
+    /// Copies `bytes` from `from_at` of `from`, which lies on the same device, to `at..`.
+    ///
+    /// # Errors
+    /// One of the two is shorter, or on another device.
+    pub fn copy_range(&mut self, at: usize, from: &Memory, from_at: usize, bytes: usize) -> Result<()> {
+        self.check("copy", at, bytes)?;
+        from.check("copy", from_at, bytes)?;
         self.check_ordinal("copy", from.ordinal())?;
-        let (to, from) = (self.address_mut(), from.address());
+        let (to, from) = (self.address_mut() + at as u64, from.address() + from_at as u64);
         self.device.call("copy", |driver| driver.copy(to, from, bytes))
     }
 

@@ -27,7 +27,7 @@ const GAIN: f32 = 128.0;
 /// How a code book is used on a device.
 ///
 /// Codes are renumbered so that numbers p and p + 8 agree in the top bits of both their bytes, in f16 and in bf16
-/// (`cuda/nf4.cuh` says what for). Zero counts as negative there: the code `negative_zero` stands for -0.
+/// (`cuda/nf4.cuh` says what for). Where there are fewer negative values than others, the code `negative_zero` stands for -0.
 ///
 /// A table is stretched before it is rounded to 16 bits, and scales shrunk. The factors were searched: among those that
 /// allow such pairs, the ones with which rounding the table costs least. Error relative to Gaussian weights: NF4 in f16
@@ -35,23 +35,32 @@ const GAIN: f32 = 128.0;
 struct Book {
     /// By code.
     numbers: [u8; 16],
-    negative_zero: u8,
+    negative_zero: Option<u8>,
     stretch_f16: f32,
     stretch_bf16: f32,
 }
 
 const NF4: Book = Book {
     numbers: [0, 1, 2, 10, 9, 8, 3, 11, 4, 5, 6, 7, 13, 15, 14, 12],
-    negative_zero: 7,
+    negative_zero: Some(7),
     stretch_f16: 1.8868,
     stretch_bf16: 1.5246,
 };
 
 const FP4: Book = Book {
     numbers: [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15],
-    negative_zero: 8,
+    negative_zero: Some(8),
     stretch_f16: 1.5,
     stretch_bf16: 1.5,
+};
+
+/// Whole numbers are exact in both types; in bf16, where a byte's top bit is the last of the exponent, times 1, 2 or 4 they do not
+/// fall into pairs, times 5 / 4 they do.
+const INT4: Book = Book {
+    numbers: [0, 2, 8, 1, 10, 3, 11, 9, 13, 5, 15, 7, 14, 12, 4, 6],
+    negative_zero: None,
+    stretch_f16: 1.0,
+    stretch_bf16: 1.25,
 };
 
 impl Book {
@@ -59,6 +68,7 @@ impl Book {
         match quant_type {
             QuantType::Nf4 => &NF4,
             QuantType::Fp4 => &FP4,
+            QuantType::Int4 => &INT4,
         }
     }
 
@@ -100,7 +110,9 @@ pub(super) fn planes(quant_type: QuantType, dtype: DType) -> Nf4Planes {
         DType::F16 => f16::from_f32(value).to_bits(),
         _ => bf16::from_f32(value).to_bits(),
     });
-    bits[usize::from(book.numbers[usize::from(book.negative_zero)])] = 0x8000;
+    if let Some(code) = book.negative_zero {
+        bits[usize::from(book.numbers[usize::from(code)])] = 0x8000;
+    }
     let plane = |byte: usize| {
         let entry = |p: usize| bits[p].to_le_bytes()[byte];
         // Where the lower half's byte has its top bit, the upper half's look-up meets FF: see nf4_decode_4.
@@ -336,7 +348,8 @@ pub(crate) fn fetch(weight: &QuantTensor) -> Result<QuantTensor> {
     transfer(&repack(OPERATION, weight, card, Direction::Unpack)?, Device::Cpu)
 }
 
-/// Quantises `source`, which lies on a device, there; `None` when a weight, or a scale of scales, is not finite.
+/// Quantises `source`, which lies on a device, there; `None` when a weight, or a scale of scales, is not finite, and for a code that
+/// has no scales of blocks.
 ///
 /// # Errors
 /// The shape is none that kernels take, or the device has no room.
@@ -346,6 +359,9 @@ pub(crate) fn quantize(
     double_quant: bool,
 ) -> Result<Option<QuantTensor>> {
     const OPERATION: &str = "quantize";
+    let Some(ranks) = quant_type.ranks() else {
+        return Ok(None);
+    };
     let card = ordinal(OPERATION, source)?;
     let device = source.device();
     let (n, k) = extents(OPERATION, source.shape())?;
@@ -357,7 +373,6 @@ pub(crate) fn quantize(
         let plain = QuantTensor::planned(source, quant_type, double_quant, codes, flat)?;
         return repack(OPERATION, &plain, card, Direction::Pack).map(Some);
     }
-    let ranks = quant_type.ranks();
     let params = Nf4Quantize {
         codes: codes.device_ptr_mut().cast(),
         absmax: flat.device_ptr_mut().cast(),
@@ -498,7 +513,7 @@ mod tests {
 
     #[test]
     fn planes_decode_to_the_stretched_table() {
-        for quant_type in [QuantType::Nf4, QuantType::Fp4] {
+        for quant_type in [QuantType::Nf4, QuantType::Fp4, QuantType::Int4] {
             for dtype in [DType::F16, DType::BF16] {
                 let planes = planes(quant_type, dtype);
                 let (values, stretch) = values(quant_type, dtype);
@@ -520,7 +535,7 @@ mod tests {
 
     #[test]
     fn numbers_are_a_permutation_and_codes_its_inverse() {
-        for book in [NF4, FP4] {
+        for book in [NF4, FP4, INT4] {
             for code in 0..16 {
                 let number = book.numbers() >> (4 * code) & 15;
                 assert_eq!(book.codes() >> (4 * number) & 15, code);

@@ -8,7 +8,8 @@ use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape};
 
-/// Copies `config.json` of the folder `base` into `dir` with all its keys, of which some are set.
+/// Copies `config.json` of the folder `base` into `dir` with all its keys, of which some are set; one that is set to null is left
+/// out.
 ///
 /// # Errors
 /// The file is not there or no JSON object, or the system refuses to write.
@@ -20,7 +21,10 @@ pub(crate) fn copy(base: &Path, dir: &Path, keys: &[(&str, Value)]) -> Result<()
         Error::input(path.display(), e, "a JSON object", remedy)
     })?;
     for (key, value) in keys {
-        config.insert((*key).into(), value.clone());
+        match value {
+            Value::Null => config.remove(*key),
+            value => config.insert((*key).into(), value.clone()),
+        };
     }
     let text = format!("{:#}\n", Value::Object(config));
     atomic::write(&dir.join("config.json"), text.as_bytes())
@@ -59,6 +63,35 @@ pub struct ModelConfig {
     pub torch_dtype: DType,
     /// Present when the linears are stored in bitsandbytes' 4-bit layout.
     pub quantization_config: Option<QuantizationConfig>,
+    /// Present when the linears are stored in whole numbers with a scale for each row.
+    pub row_scaled: Option<RowScaled>,
+}
+
+/// Layouts of linears in whole numbers with one scale for each row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowScaled {
+    /// `chatglm-6b-int8` (`quantization_bit` 8): `weight` int8 `[out, in]`, `weight_scale` `[out]`.
+    ThudmInt8,
+    /// `chatglm-6b-int4` (`quantization_bit` 4): `weight` int8 `[out, in / 2]`, two codes a byte, `weight_scale` `[out]`.
+    ThudmInt4,
+    /// bitsandbytes' LLM.int8() (`load_in_8bit`): `weight` int8 `[out, in]`, `SCB` `[out]`, 127 times the scale.
+    BnbInt8,
+}
+
+/// In which form a checkpoint holds the four linears of each block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Linears {
+    /// Floats.
+    Dense,
+    /// bitsandbytes' 4 bits, a scale for each block of 64.
+    FourBit {
+        /// Are the scales quantised too?
+        double_quant: bool,
+    },
+    /// 4 bits, a scale for each row.
+    RowInt4,
+    /// 8 bits, a scale for each row.
+    RowInt8,
 }
 
 /// bitsandbytes' 4-bit settings.
@@ -125,6 +158,7 @@ impl ModelConfig {
             tie_word_embeddings: keys.flag("tie_word_embeddings", true)?,
             torch_dtype: keys.dtype()?,
             quantization_config: keys.quantization()?,
+            row_scaled: keys.row_scaled()?,
         };
         config.check(&path)?;
         Ok(config)
@@ -166,6 +200,14 @@ impl ModelConfig {
         if let Some(quantization) = &self.quantization_config {
             map["quantization_config"] = quantization.to_json();
         }
+        match self.row_scaled {
+            None => {}
+            Some(RowScaled::BnbInt8) => {
+                map["quantization_config"] = json!({ "quant_method": "bitsandbytes", "load_in_8bit": true });
+            }
+            Some(RowScaled::ThudmInt8) => map["quantization_bit"] = json!(8),
+            Some(RowScaled::ThudmInt4) => map["quantization_bit"] = json!(4),
+        }
         let text = format!("{map:#}\n");
         atomic::write(&dir.join("config.json"), text.as_bytes())
     }
@@ -193,6 +235,18 @@ impl ModelConfig {
             tie_word_embeddings: true,
             torch_dtype: DType::F16,
             quantization_config: None,
+            row_scaled: None,
+        }
+    }
+
+    /// The form of the linears.
+    pub fn linears(&self) -> Linears {
+        match (self.row_scaled, &self.quantization_config) {
+            (Some(form), _) => form.linears(),
+            (None, Some(quantization)) => Linears::FourBit {
+                double_quant: quantization.use_double_quant,
+            },
+            (None, None) => Linears::Dense,
         }
     }
 
@@ -284,6 +338,40 @@ impl ModelConfig {
     }
 }
 
+impl RowScaled {
+    /// The form that they are read to.
+    pub fn linears(self) -> Linears {
+        match self {
+            RowScaled::ThudmInt8 | RowScaled::BnbInt8 => Linears::RowInt8,
+            RowScaled::ThudmInt4 => Linears::RowInt4,
+        }
+    }
+}
+
+impl std::fmt::Display for RowScaled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            RowScaled::ThudmInt8 => "THUDM's int8",
+            RowScaled::ThudmInt4 => "THUDM's int4",
+            RowScaled::BnbInt8 => "bitsandbytes' 8 bits",
+        })
+    }
+}
+
+impl std::fmt::Display for Linears {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Linears::Dense => "floats",
+            Linears::FourBit { double_quant: true } => {
+                "4 bits with a scale for each block of 64, double-quantised"
+            }
+            Linears::FourBit { double_quant: false } => "4 bits with a scale for each block of 64",
+            Linears::RowInt4 => "4 bits with a scale for each row",
+            Linears::RowInt8 => "8 bits with a scale for each row",
+        })
+    }
+}
+
 impl QuantizationConfig {
     /// The `quantization_config` that transformers and bitsandbytes read.
     pub(crate) fn to_json(&self) -> Value {
@@ -339,16 +427,6 @@ impl Keys<'_> {
                 only,
                 "give --model a model folder",
             ));
-        }
-        if let Some(bits) = self
-            .map
-            .get("quantization_bit")
-            .filter(|bits| !bits.is_null() && **bits != 0)
-        {
-            let found = format!("quantization_bit {bits} (THUDM's int4/int8 weights)");
-            let remedy =
-                "not supported yet: use the fp16 checkpoint, `glmtune quantize` makes a 4-bit one of it";
-            return Err(self.error(found, "unquantised or bitsandbytes 4-bit weights", remedy));
         }
         if !self.flag("position_encoding_2d", true)? {
             let remedy = "only the published 2-D variant is supported";
@@ -415,12 +493,52 @@ impl Keys<'_> {
         }
     }
 
-    fn quantization(&self) -> Result<Option<QuantizationConfig>> {
-        let Some(value) = self
+    /// What bitsandbytes' loaders look for, when it is about its 8 bits.
+    fn in_bnb_int8(&self) -> bool {
+        let value = self.map.get("quantization_config");
+        let flag = |key: &str| value.and_then(|value| value.get(key)).and_then(Value::as_bool);
+        let method = value
+            .and_then(|value| value.get("quant_method"))
+            .and_then(Value::as_str);
+        matches!(method, None | Some("bitsandbytes"))
+            && flag("load_in_8bit") == Some(true)
+            && flag("load_in_4bit") != Some(true)
+    }
+
+    fn row_scaled(&self) -> Result<Option<RowScaled>> {
+        let bits = self.map.get("quantization_bit");
+        let Some(bits) = bits.filter(|bits| !bits.is_null() && **bits != 0) else {
+            return Ok(self.in_bnb_int8().then_some(RowScaled::BnbInt8));
+        };
+        if self.flag("quantization_embeddings", false)? {
+            let found = "quantization_embeddings true (an embedding in whole numbers)";
+            let remedy =
+                "use chatglm-6b-int4 or chatglm-6b-int8, whose embedding is float16, or the fp16 checkpoint";
+            return Err(self.error(found, "quantization_embeddings false", remedy));
+        }
+        if self
             .map
             .get("quantization_config")
-            .filter(|value| !value.is_null())
-        else {
+            .is_some_and(|value| !value.is_null())
+        {
+            let found = format!("quantization_bit {bits} and quantization_config");
+            let remedy = "take config.json from the same repository as the weights";
+            return Err(self.error(found, "one of them", remedy));
+        }
+        match bits.as_u64() {
+            Some(8) => Ok(Some(RowScaled::ThudmInt8)),
+            Some(4) => Ok(Some(RowScaled::ThudmInt4)),
+            _ => Err(self.wrong(
+                "quantization_bit",
+                bits,
+                "4 or 8, as THUDM's int4 and int8 weights have it",
+            )),
+        }
+    }
+
+    fn quantization(&self) -> Result<Option<QuantizationConfig>> {
+        let value = self.map.get("quantization_config");
+        let Some(value) = value.filter(|value| !value.is_null() && !self.in_bnb_int8()) else {
             return Ok(None);
         };
         let text = |key: &str| value.get(key).and_then(Value::as_str);
@@ -432,7 +550,8 @@ impl Keys<'_> {
                 "quantization_config {method}, 4-bit {}, type {kind}",
                 flag("load_in_4bit")
             );
-            return Err(self.error(found, "bitsandbytes 4-bit nf4 or fp4", "use the fp16 checkpoint"));
+            let expected = "bitsandbytes 4-bit nf4 or fp4, or its 8 bits";
+            return Err(self.error(found, expected, "use the fp16 checkpoint"));
         }
         Ok(Some(QuantizationConfig {
             quant_type: kind.to_string(),

@@ -9,7 +9,7 @@ use super::glm::Block;
 use crate::error::{Error, Result};
 use crate::nn::Fetched;
 use crate::ops::{self, WeightRef};
-use crate::quant::{Absmax, QuantTensor};
+use crate::quant::{Absmax, QuantTensor, RowInt8};
 use crate::tensor::ledger::account;
 use crate::tensor::{Device, Tensor};
 
@@ -33,6 +33,7 @@ struct Slot {
 enum Place {
     Dense(Tensor),
     Quant(Box<QuantTensor>),
+    Int8(Box<RowInt8>),
 }
 
 impl WeightSlots {
@@ -147,7 +148,17 @@ impl Place {
                 return Ok(Place::Dense(room(first, &dense)?));
             }
             WeightRef::Quant(first) => *first,
-            WeightRef::Int8(_) => return Err(forms_differ()),
+            WeightRef::Int8(first) => {
+                let codes = |matrix: WeightRef<'_>| match matrix {
+                    WeightRef::Int8(weight) => Some(weight.codes.elements()),
+                    _ => None,
+                };
+                return Ok(Place::Int8(Box::new(RowInt8 {
+                    codes: room(&first.codes, &codes)?,
+                    scales: first.scales.clone(),
+                    source_dtype: first.source_dtype,
+                })));
+            }
         };
         let codes = |matrix: WeightRef<'_>| match matrix {
             WeightRef::Quant(weight) => Some(weight.codes.elements()),
@@ -188,6 +199,7 @@ impl Place {
         match self {
             Place::Dense(tensor) => WeightRef::Dense(tensor),
             Place::Quant(weight) => WeightRef::Quant(weight),
+            Place::Int8(weight) => WeightRef::Int8(weight),
         }
     }
 
@@ -200,6 +212,13 @@ impl Place {
         let (to, from) = match (self, from) {
             (Place::Dense(to), WeightRef::Dense(from)) => return fetch(from, to),
             (Place::Quant(to), WeightRef::Quant(from)) => (to, from),
+            (Place::Int8(to), WeightRef::Int8(from)) => {
+                fetch(&from.codes, &mut to.codes)?;
+                // They are on the device already, and clones share them.
+                to.scales = from.scales.clone();
+                to.source_dtype = from.source_dtype;
+                return Ok(());
+            }
             _ => return Err(forms_differ()),
         };
         fetch(&from.codes, &mut to.codes)?;
@@ -236,7 +255,7 @@ impl Place {
 fn forms_differ() -> Error {
     mismatch(
         "a matrix in another form than in other layers",
-        "one form, dense or in 4 bits",
+        "one form, dense, in 8 bits or in 4",
     )
 }
 

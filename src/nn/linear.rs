@@ -1,10 +1,10 @@
-//! A linear layer on dense or 4-bit weights, with an optional low-rank adapter.
+//! A linear layer on weights that are dense or in few bits, with an optional low-rank adapter.
 
 use super::Param;
 use super::dora::{Dora, DoraScratch};
 use crate::error::{Error, Result};
 use crate::ops::{self, Adapter, WeightRef};
-use crate::quant::QuantTensor;
+use crate::quant::{QuantTensor, RowInt8};
 use crate::rng::Stream;
 use crate::tensor::{Compute, Tensor};
 
@@ -19,6 +19,8 @@ pub enum Weight {
     Dense(Param),
     /// 4-bit; frozen.
     Quant(Box<QuantTensor>),
+    /// 8-bit with a scale for each row; frozen.
+    Int8(Box<RowInt8>),
 }
 
 impl Weight {
@@ -27,6 +29,7 @@ impl Weight {
         match self {
             Weight::Dense(p) => WeightRef::Dense(p.operand()),
             Weight::Quant(q) => WeightRef::Quant(q),
+            Weight::Int8(q) => WeightRef::Int8(q),
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Matrices that wait in host memory and are copied to the device when a layer needs them.
 //!
 //! They wait as the device reads them: 4-bit codes and scales in its order, dense matrices in its type. What is small, the scales of
-//! scales and their map, stays on the device.
+//! rows, the scales of scales and their map, stays on the device.
 
 use super::{Param, Weight};
 use crate::error::Result;
 use crate::ops;
-use crate::quant::QuantTensor;
+use crate::quant::{QuantTensor, RowInt8};
 use crate::tensor::{Device, Tensor};
 
 impl Weight {
@@ -61,6 +61,13 @@ impl Weight {
         let weight = match self {
             Weight::Dense(param) => return Ok(Weight::Dense(Param::frozen(f(&param.value)?))),
             Weight::Quant(weight) => weight,
+            Weight::Int8(weight) => {
+                return Ok(Weight::Int8(Box::new(RowInt8 {
+                    codes: f(&weight.codes)?,
+                    scales: weight.scales.clone(),
+                    source_dtype: weight.source_dtype,
+                })));
+            }
         };
         let absmax = weight.absmax.map_blocks(f)?;
         Ok(Weight::Quant(Box::new(QuantTensor {

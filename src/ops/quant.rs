@@ -25,7 +25,7 @@ pub fn quantize(
         if let Some(weight) = cuda::nf4::quantize(&there, quant_type, double_quant)? {
             return Ok(weight);
         }
-        // Something is not finite: below, the CPU says what and where.
+        // Something is not finite: below, the CPU says what and where. Or the code has scales of rows, which it alone makes.
     }
     let host = source.to_device(Device::Cpu)?;
     place_quantized(

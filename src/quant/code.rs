@@ -43,6 +43,11 @@ pub static FP4: [f32; 16] = [
     -0.25,
 ];
 
+/// Whole numbers in two's complement: what the nibbles of THUDM's `chatglm-6b-int4` mean.
+pub static INT4: [f32; 16] = [
+    0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0,
+];
+
 /// A table in ascending order with the midpoints between neighbours: what quantising needs.
 pub(crate) struct Ranks {
     /// `order[rank]` is the code of the table's `rank`-th smallest value.

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::blockwise::Stored;
+use super::not_finite;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -73,15 +74,7 @@ impl RowInt8 {
             .iter()
             .position(|s| !s.is_finite());
         let Some(row) = bad else { return Ok(weight) };
-        let mut wide = vec![0f32; columns];
-        T::widen(&elements[row * columns..][..columns], &mut wide);
-        let column = wide.iter().position(|x| !x.is_finite()).unwrap_or(0);
-        Err(Error::input(
-            format!("{place}[{row}, {column}]"),
-            wide[column],
-            "a finite weight",
-            "the checkpoint is damaged: download or convert it again",
-        ))
+        Err(not_finite(place, row, &elements[row * columns..][..columns]))
     }
 
     /// `[out, in]`.

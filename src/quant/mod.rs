@@ -1,5 +1,5 @@
-//! 4-bit block-wise quantisation (NF4 and FP4) with double quantisation, equal to bitsandbytes' CPU results to the bit; and 8 bits
-//! with a scale for each row ([`RowInt8`]).
+//! 4-bit block-wise quantisation (NF4 and FP4) with double quantisation, equal to bitsandbytes' CPU results to the bit; and whole
+//! numbers of 8 bits ([`RowInt8`]) and of 4 ([`QuantType::Int4`]) with a scale for each row.
 //!
 //! A weight `[out, in]` is flattened row-major and cut into blocks of 64. Each block keeps its largest magnitude
 //! ("absmax") and for each element the 4-bit code of the table's value nearest to `x / absmax`. With double
@@ -9,17 +9,22 @@
 mod blockwise;
 mod bnb;
 mod code;
+mod ggml;
+mod int4;
 mod int8;
 mod nested;
 mod random;
+mod thudm;
 
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, Shape, Tensor};
 
-pub use code::{FP4, NF4};
+pub use code::{FP4, INT4, NF4};
+pub use ggml::GgmlType;
 pub use int8::RowInt8;
+pub use thudm::ThudmBits;
 
 /// Elements that share one scale.
 pub const BLOCK: usize = 64;
@@ -33,14 +38,17 @@ pub enum QuantType {
     Nf4,
     /// [`FP4`]: 4-bit floating point.
     Fp4,
+    /// [`INT4`]: whole numbers, with a scale for each row, which all blocks of the row repeat.
+    Int4,
 }
 
 impl QuantType {
-    /// bitsandbytes' name, `nf4` or `fp4`.
+    /// bitsandbytes' name, `nf4` or `fp4`; `int4`, which it does not have.
     pub const fn name(self) -> &'static str {
         match self {
             QuantType::Nf4 => "nf4",
             QuantType::Fp4 => "fp4",
+            QuantType::Int4 => "int4",
         }
     }
 
@@ -49,14 +57,16 @@ impl QuantType {
         match self {
             QuantType::Nf4 => &NF4,
             QuantType::Fp4 => &FP4,
+            QuantType::Int4 => &INT4,
         }
     }
 
-    /// The table in ascending order with its midpoints: what quantising needs.
-    pub(crate) fn ranks(self) -> &'static code::Ranks {
+    /// The table in ascending order with its midpoints: what quantising blocks needs. Whole numbers are not quantised by blocks.
+    pub(crate) fn ranks(self) -> Option<&'static code::Ranks> {
         match self {
-            QuantType::Nf4 => &code::NF4_RANKS,
-            QuantType::Fp4 => &code::FP4_RANKS,
+            QuantType::Nf4 => Some(&code::NF4_RANKS),
+            QuantType::Fp4 => Some(&code::FP4_RANKS),
+            QuantType::Int4 => None,
         }
     }
 }
@@ -134,10 +144,11 @@ impl QuantTensor {
         Self::quantize_named("weight", source, quant_type, double_quant)
     }
 
-    /// [`QuantTensor::quantize`] with the place (file and tensor) that an error names.
+    /// [`QuantTensor::quantize`] with the place (file and tensor) that an error names. Whole numbers have a scale for each row, never
+    /// double-quantised.
     ///
     /// # Errors
-    /// As [`QuantTensor::quantize`].
+    /// As [`QuantTensor::quantize`]; for whole numbers, rows that are no multiple of [`BLOCK`].
     pub fn quantize_named(
         place: &str,
         source: &Tensor,
@@ -163,6 +174,9 @@ impl QuantTensor {
         quant_type: QuantType,
         double_quant: bool,
     ) -> Result<Self> {
+        let Some(ranks) = quant_type.ranks() else {
+            return Self::quantize_rows::<T>(place, source);
+        };
         let n = source.elements();
         if n == 0 {
             return Err(Error::input(
@@ -178,12 +192,7 @@ impl QuantTensor {
             return Self::planned(source, quant_type, double_quant, codes, flat);
         }
         let source_elements = source.as_slice::<T>();
-        blockwise::quantize(
-            source_elements,
-            quant_type.ranks(),
-            codes.as_mut_slice(),
-            flat.as_mut_slice(),
-        );
+        blockwise::quantize(source_elements, ranks, codes.as_mut_slice(), flat.as_mut_slice());
         refuse_non_finite(place, source_elements, source.shape(), flat.as_slice())?;
         let absmax = if double_quant {
             Absmax::nested(place, flat.as_slice())?
@@ -315,6 +324,19 @@ impl Absmax {
             code: Tensor::from_slice(&code::DYNAMIC[..], [256]),
         })
     }
+}
+
+/// Names the first element of `row` that is not a number.
+fn not_finite<T: blockwise::Stored>(place: &str, row: usize, elements: &[T]) -> Error {
+    let mut wide = vec![0f32; elements.len()];
+    T::widen(elements, &mut wide);
+    let column = wide.iter().position(|x| !x.is_finite()).unwrap_or(0);
+    Error::input(
+        format!("{place}[{row}, {column}]"),
+        wide[column],
+        "a finite weight",
+        "the checkpoint is damaged: download or convert it again",
+    )
 }
 
 /// A weight that is not a number would poison its whole block without a trace: names the first one.

@@ -29,12 +29,10 @@ impl Ladder {
         compute: Compute,
         inputs: &Inputs,
     ) -> Result<Self> {
-        let from = LoadedFrom {
-            double_quant: match config.in_four_bits() {
-                true => Some(!config.no_double_quant),
-                false => LoadedFrom::of(source)?.double_quant,
-            },
-            ..LoadedFrom::of(source)?
+        let stored = LoadedFrom::of(source)?;
+        let from = match config.in_four_bits() {
+            true => stored.in_four_bits(!config.no_double_quant),
+            false => stored,
         };
         let asked = Asked::of(config, compute.device)?;
         let (limits, card) = plan::limits(config, compute.device)?;

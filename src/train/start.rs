@@ -6,12 +6,12 @@ use super::plan::{Layout, Plan, StateOn, Work};
 use super::run::{REFERENCE, total_steps};
 use super::{BestSoFar, Inputs, Interrupt, OPTIMIZER, RunFolder, RunState, Trainer, preparing_weights};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::quantized::open_or_quantize;
+use crate::checkpoint::quantized::{CacheStatus, open_or_quantize};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::evaluate::{ProbeOptions, Reference};
 use crate::model::tune::Storage;
-use crate::model::{LoadOptions, Model, tune};
+use crate::model::{Linears, LoadOptions, Model, tune};
 use crate::quant::QuantType;
 use crate::report::MemoryPart;
 use crate::tensor::Device;
@@ -187,10 +187,16 @@ pub(super) fn load(
     interrupt: &Interrupt,
     say: &mut dyn FnMut(&str),
 ) -> Result<Model> {
-    let checkpoint = match config.in_four_bits() {
+    let (checkpoint, status) = match config.in_four_bits() {
         true => quantized(config, interrupt)?,
-        false => Checkpoint::open(&config.model)?,
+        false => (Checkpoint::open(&config.model)?, CacheStatus::AlreadyQuantized),
     };
+    let linears = checkpoint.config().linears();
+    if linears != Linears::Dense && status == CacheStatus::AlreadyQuantized {
+        say(&format!(
+            "base: its linears are stored in {linears}, and are used as they are"
+        ));
+    }
     let mut model = Model::load(&checkpoint, options)?;
     for dir in &config.merge_adapters {
         let merged = tune::merge_adapter(&mut model, dir)?;
@@ -199,8 +205,8 @@ pub(super) fn load(
     Ok(model)
 }
 
-/// The 4-bit copy of the checkpoint.
-fn quantized(config: &RunConfig, interrupt: &Interrupt) -> Result<Checkpoint> {
+/// The 4-bit copy of the checkpoint; the checkpoint itself if it is in few bits.
+fn quantized(config: &RunConfig, interrupt: &Interrupt) -> Result<(Checkpoint, CacheStatus)> {
     let quant_type = match config.quant_type.as_str() {
         "fp4" => QuantType::Fp4,
         _ => QuantType::Nf4,
@@ -211,14 +217,14 @@ fn quantized(config: &RunConfig, interrupt: &Interrupt) -> Result<Checkpoint> {
         interrupt.check(0)
     };
     let double_quant = !config.no_double_quant;
-    let (checkpoint, _) = open_or_quantize(
+    let (checkpoint, status) = open_or_quantize(
         &config.model,
         config.cache_dir.as_deref(),
         quant_type,
         double_quant,
         &mut progress,
     )?;
-    Ok(checkpoint)
+    Ok((checkpoint, status))
 }
 
 /// Puts the trainer where a checkpoint left it: the optimizer's state, the step, the loss scale. Returns what the checkpoint says of the run.

@@ -6,12 +6,16 @@ use glmtune::tensor::{DType, Device, Tensor};
 
 use crate::{TYPES, assert_matches, device, down, nan, random, twice, up, wide};
 
-const KINDS: [(QuantType, bool); 4] = [
+const KINDS: [(QuantType, bool); 5] = [
     (QuantType::Nf4, true),
     (QuantType::Nf4, false),
     (QuantType::Fp4, true),
     (QuantType::Fp4, false),
+    INT4,
 ];
+
+/// Whole numbers with a scale for each row.
+const INT4: (QuantType, bool) = (QuantType::Int4, false);
 
 /// Deviation of weights, about that of ChatGLM-6B's.
 const WEIGHT: f32 = 0.03;
@@ -263,7 +267,13 @@ fn products_are_those_of_the_decoded_weight() {
         for (n, k) in [(16, 64), (130, 128), (64, 192), (33, 320)] {
             round += 1;
             for dtype in TYPES {
-                check_products(device, [m, n, k], KINDS[round % 4], dtype, round % 3 != 0);
+                check_products(
+                    device,
+                    [m, n, k],
+                    KINDS[round % KINDS.len()],
+                    dtype,
+                    round % 3 != 0,
+                );
             }
         }
     }
@@ -281,7 +291,9 @@ fn long_reductions_are_cut_into_parts() {
         (70, 2048, 64),
     ] {
         for dtype in [DType::F16, DType::BF16] {
-            check_products(device, [m, n, k], KINDS[m % 4], dtype, true);
+            for kind in [KINDS[m % 4], INT4] {
+                check_products(device, [m, n, k], kind, dtype, true);
+            }
         }
     }
 }
@@ -292,6 +304,8 @@ fn many_tiles_take_the_tall_kernel() {
     for dtype in [DType::F16, DType::BF16] {
         check_products(device, [130, 6200, 64], KINDS[0], dtype, true);
         check_products(device, [130, 64, 6208], KINDS[1], dtype, true);
+        check_products(device, [130, 6200, 64], INT4, dtype, true);
+        check_products(device, [130, 64, 6208], INT4, dtype, true);
     }
 }
 
@@ -344,7 +358,7 @@ fn an_adapter_is_a_step_of_the_product() {
         [129, 6200, 64],
     ];
     for (i, [m, n, k]) in sizes.into_iter().enumerate() {
-        let weight = quantized(15, [n, k], KINDS[i % 4]);
+        let weight = quantized(15, [n, k], KINDS[i % KINDS.len()]);
         let there = placed(&weight, device);
         let (host, there) = (WeightRef::Quant(&weight), WeightRef::Quant(&there));
         for (rank, dtype) in [1, 8, 16, 33, 64, 72]

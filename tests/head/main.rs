@@ -11,7 +11,7 @@ use common::{assert_close, exact_computes, golden, half_computes, values};
 use glmtune::checkpoint::{Checkpoint, LM_HEAD, WORD_EMBEDDINGS};
 use glmtune::data::batch::{Batch, IGNORE, Span};
 use glmtune::model::tune::{self, FreezeModules, LoraConfig, SavedModule, Tuning};
-use glmtune::model::{EmbeddingPlace, HeadStorage, LoadOptions, LoadedFrom, Model};
+use glmtune::model::{EmbeddingPlace, HeadStorage, Linears, LoadOptions, LoadedFrom, Model};
 use glmtune::ops::HEAD_CHUNK;
 use glmtune::rng::Stream;
 use glmtune::tensor::ledger::{Ledger, Line, Pool};
@@ -271,7 +271,7 @@ fn the_plan_of_both_ends_is_what_they_take() {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let from = LoadedFrom {
             dtype: DType::F16,
-            double_quant: None,
+            linears: Linears::Dense,
             separate_head,
         };
         for compute in computes().into_iter().filter(|c| c.device != Device::Cpu) {

@@ -9,7 +9,7 @@ use super::{Plan, Work};
 use crate::error::{Error, Result};
 use crate::model::tune::Tuning;
 use crate::model::workspace::logits_elements;
-use crate::model::{EmbeddingPlace, HeadStorage, LayerPolicy, Recompute};
+use crate::model::{EmbeddingPlace, HeadStorage, LayerPolicy, Linears, Recompute};
 use crate::tensor::ledger::Pool;
 
 /// What was asked for; `None` is left to the search.
@@ -128,10 +128,11 @@ fn shape(work: &Work, layout: &Layout, state_bytes: f64) -> Shape {
         batch: work.batch,
         length: work.length,
         value,
-        layer_bytes: match work.from.double_quant {
-            Some(true) => matrices * 4.127 / 8.0,
-            Some(false) => matrices * 4.5 / 8.0,
-            None => matrices * value,
+        layer_bytes: match work.from.linears {
+            Linears::FourBit { double_quant: true } => matrices * 4.127 / 8.0,
+            Linears::FourBit { double_quant: false } | Linears::RowInt4 => matrices * 4.5 / 8.0,
+            Linears::RowInt8 => matrices,
+            Linears::Dense => matrices * value,
         },
         dense,
         state_bytes,
@@ -423,7 +424,7 @@ fn nothing_fits(work: &Work, asked: &Asked, least: &Candidate, limits: Limits) -
     if asked != &Asked::default() {
         remedies.push("leave the memory flags out, so that glmtune chooses".to_string());
     }
-    if work.from.double_quant.is_none() {
+    if work.from.linears == Linears::Dense {
         remedies.push("--method qlora holds the weights in 4 bits".to_string());
     }
     remedies.push("close what else uses the card".to_string());

@@ -8,7 +8,7 @@ use super::layout::{Layout, StateOn};
 use super::{CONTEXT, Card, Work, options};
 use crate::config::{Method, RunConfig};
 use crate::error::Result;
-use crate::model::{HeadStorage, LoadedFrom, ModelConfig, Recompute};
+use crate::model::{HeadStorage, Linears, LoadedFrom, ModelConfig, Recompute};
 use crate::optim::OptimizerKind;
 use crate::tensor::{Compute, DType, Device};
 
@@ -69,7 +69,10 @@ fn cell(
         model: model.clone(),
         from: LoadedFrom {
             dtype: DType::F16,
-            double_quant: config.in_four_bits().then_some(true),
+            linears: match config.in_four_bits() {
+                true => Linears::FourBit { double_quant: true },
+                false => Linears::Dense,
+            },
             separate_head: !model.tie_word_embeddings,
         },
         tuning: super::tuning(&config)?,
