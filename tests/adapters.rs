@@ -6,13 +6,16 @@ mod common;
 use std::path::Path;
 
 use common::{assert_close, exact_computes, half_computes, values};
-use glmtune::checkpoint::{AdapterConfig, write_adapter};
+use glmtune::checkpoint::{
+    AdapterConfig, Patterns, WORD_EMBEDDINGS, read_adapter, read_tensors, write_adapter, write_torch_bin,
+};
 use glmtune::data::batch::{Batch, IGNORE, Span};
-use glmtune::model::tune::{self, LoraConfig, LoraInit, LoraTarget, SavedModule, Tuning};
+use glmtune::model::tune::{self, LoraConfig, LoraInit, LoraTarget, PrefixConfig, SavedModule, Tuning};
 use glmtune::model::{LoadOptions, Model, ModelConfig, Weights};
 use glmtune::quant::QuantType;
 use glmtune::rng::Stream;
 use glmtune::tensor::{Compute, DType, Tensor};
+use serde_json::{Value, json};
 
 fn toy() -> ModelConfig {
     ModelConfig {
@@ -96,7 +99,37 @@ fn kinds() -> Vec<LoraConfig> {
             ..all(pissa, false)
         },
         all(quick, true),
+        // Single layers, and ranks and alphas of single linears.
+        LoraConfig {
+            layers: vec![1],
+            ..patterned(LoraInit::Kaiming)
+        },
+        LoraConfig {
+            rslora: true,
+            ..patterned(pissa)
+        },
     ]
+}
+
+fn patterned(init: LoraInit) -> LoraConfig {
+    let name = |text: &str| text.to_string();
+    LoraConfig {
+        rank_pattern: Patterns::new([(name("attention.dense"), 2), (name(r"layers\.1\.mlp\..*"), 5)])
+            .unwrap(),
+        alpha_pattern: Patterns::new([(name("dense"), 7.0)]).unwrap(),
+        modules_to_save: Vec::new(),
+        ..all(init, false)
+    }
+}
+
+/// How many linears of the toy carry an adapter of this configuration.
+fn linears(config: &LoraConfig) -> usize {
+    let layers = if config.layers.is_empty() {
+        2
+    } else {
+        config.layers.len()
+    };
+    layers * config.targets.len()
 }
 
 /// Some steps of plain descent: everything that trains moves.
@@ -189,10 +222,7 @@ fn what_is_saved_is_the_model_that_was_trained() {
 
             let mut merged = base(compute, Weights::AsStored);
             let report = tune::merge_adapter(&mut merged, dir.path()).unwrap();
-            assert_eq!(
-                (report.linears, report.requantized),
-                (2 * config.targets.len(), 0)
-            );
+            assert_eq!((report.linears, report.requantized), (linears(&config), 0));
             assert_eq!(
                 report.replaced,
                 if config.modules_to_save.is_empty() { 0 } else { 12 }
@@ -575,5 +605,362 @@ fn an_adapter_of_one_layer_acts_in_generation_too() {
                 .collect();
             assert_close(&format!("layer {layer} on {compute:?}"), &last, &want, 1e-5, 1e-5);
         }
+    }
+}
+
+/// The rank and the scale that a pattern gives are those of the linear.
+#[test]
+fn patterns_give_ranks_and_scales() {
+    let mut model = base(Compute::cpu(DType::F32), Weights::AsStored);
+    tune::apply(&mut model, &Tuning::Lora(patterned(LoraInit::Kaiming)), 7).unwrap();
+    let config = patterned(LoraInit::Kaiming).peft(Path::new("base"));
+    let tensors = tune::adapter_tensors(&model).unwrap();
+    let factors = tensors.iter().filter_map(|(name, a)| {
+        let module = name
+            .strip_prefix("base_model.model.")?
+            .strip_suffix(".lora_A.weight")?;
+        Some((a.extent(0), config.scale(module)))
+    });
+    let found: Vec<(usize, f64)> = factors.collect();
+    let plain = 5.0 / 3.0;
+    assert_eq!(
+        found,
+        [
+            (3, plain),
+            (2, 3.5),
+            (3, plain),
+            (3, plain),
+            (3, plain),
+            (2, 3.5),
+            (5, 1.0),
+            (5, 1.0)
+        ]
+    );
+    let config = LoraConfig {
+        layers: vec![0, 2],
+        ..patterned(LoraInit::Kaiming)
+    };
+    let error = tune::apply(&mut model, &Tuning::Lora(config), 7)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("--lora-layers") && error.contains("from 0 to 1"),
+        "{error}"
+    );
+}
+
+/// Folders as versions of PEFT and scripts left them are all the same adapter.
+#[test]
+fn folders_of_every_age_are_the_same_adapter() {
+    let compute = Compute::cpu(DType::F32);
+    let tuning = Tuning::Lora(all(LoraInit::Kaiming, true));
+    let mut model = base(compute, Weights::AsStored);
+    tune::apply(&mut model, &tuning, 7).unwrap();
+    train(&mut model, 2);
+    let dir = tempfile::tempdir().unwrap();
+    tune::save(&model, &tuning, Path::new("base"), dir.path()).unwrap();
+    let load = |dir: &Path| {
+        let mut model = base(compute, Weights::AsStored);
+        tune::load_adapter(&mut model, dir, false).map(|_| bits(&model))
+    };
+    let want = load(dir.path()).unwrap();
+    let config_path = dir.path().join("adapter_config.json");
+    let sound: Value = serde_json::from_slice(&std::fs::read(&config_path).unwrap()).unwrap();
+    let weights = dir.path().join("adapter_model.safetensors");
+    let tensors = read_tensors(&weights).unwrap();
+
+    // What PEFT 0.21 writes.
+    let mut newest = sound.clone();
+    for (key, value) in [
+        ("alora_invocation_tokens", Value::Null),
+        ("alpha_pattern", json!({})),
+        ("auto_mapping", Value::Null),
+        ("corda_config", Value::Null),
+        ("ensure_weight_tying", json!(false)),
+        ("exclude_modules", Value::Null),
+        ("layers_to_transform", Value::Null),
+        ("loftq_config", json!({})),
+        ("megatron_core", json!("megatron.core")),
+        ("peft_version", json!("0.21.2")),
+        ("qalora_group_size", json!(16)),
+        ("rank_pattern", json!({})),
+        ("target_parameters", Value::Null),
+        ("use_bdlora", Value::Null),
+        ("use_rslora", json!(false)),
+    ] {
+        newest[key] = value;
+    }
+    let keep = [
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "use_dora",
+        "modules_to_save",
+    ];
+    let mut fewest = sound.clone();
+    fewest
+        .as_object_mut()
+        .unwrap()
+        .retain(|key, _| keep.contains(&key.as_str()));
+    let with = |key: &str, value: Value| {
+        let mut json = sound.clone();
+        json[key] = value;
+        json
+    };
+    let configs = [
+        newest,
+        fewest,
+        with("target_modules", json!("all-linear")),
+        with(
+            "target_modules",
+            json!(r".*\.layers\.\d+\..*(dense|query_key_value|dense_h_to_4h|dense_4h_to_h)"),
+        ),
+        // Look-around is Python's alone: the tensors say which linears they are of.
+        with("target_modules", json!(r".*(?<!lm_head)")),
+        with("layers_to_transform", json!([0, 1])),
+        with("layers_pattern", json!("layers")),
+    ];
+    for json in configs {
+        std::fs::write(&config_path, json.to_string()).unwrap();
+        assert_eq!(load(dir.path()).unwrap(), want, "{json}");
+        // What was read is written as a folder that says the same.
+        let (config, tensors) = read_adapter(dir.path()).unwrap();
+        let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+        let again = tempfile::tempdir().unwrap();
+        write_adapter(again.path(), &config, &borrowed).unwrap();
+        assert_eq!(load(again.path()).unwrap(), want, "{json}, written again");
+    }
+    for (json, word) in [
+        (with("layers_to_transform", json!(0)), "target_modules"),
+        (with("target_modules", json!(".*dense.*")), "query_key_value"),
+        (with("rank_pattern", json!({ "dense": 4 })), "r 4"),
+    ] {
+        std::fs::write(&config_path, json.to_string()).unwrap();
+        let error = load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(word), "{json}: {error}");
+    }
+
+    // Named as in memory, in a `.bin`, the frozen originals beside the copies.
+    std::fs::write(&config_path, sound.to_string()).unwrap();
+    std::fs::remove_file(&weights).unwrap();
+    let in_memory = |name: &str| match name.rsplit_once('.').unwrap() {
+        (stem, "lora_magnitude_vector") => format!("{stem}.lora_magnitude_vector.default"),
+        (stem, part) if stem.contains("lora_") => format!("{stem}.default.{part}"),
+        (stem, part) => format!("{stem}.modules_to_save.default.{part}"),
+    };
+    let mut named: Vec<(String, &Tensor)> = tensors.iter().map(|(name, t)| (in_memory(name), t)).collect();
+    let zeros = Tensor::zeros(DType::F32, [64]);
+    named.push((
+        "base_model.model.transformer.final_layernorm.original_module.weight".into(),
+        &zeros,
+    ));
+    let bin = dir.path().join("adapter_model.bin");
+    write_torch_bin(&bin, &named).unwrap();
+    assert_eq!(load(dir.path()).unwrap(), want);
+    named.push((
+        in_memory(tensors.keys().next().unwrap()).replace("default", "other"),
+        &zeros,
+    ));
+    write_torch_bin(&bin, &named).unwrap();
+    let error = load(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("default and other"), "{error}");
+
+    // The file of a few hundred bytes that a state-dict hook left.
+    write_torch_bin(&bin, &[]).unwrap();
+    let error = load(dir.path()).unwrap_err().to_string();
+    assert!(
+        std::fs::metadata(&bin).unwrap().len() < 1000 && error.contains("no tensors at all"),
+        "{error}"
+    );
+}
+
+/// An embedding and a head that trained on the other revision lose or keep the rows of the image tokens.
+#[test]
+fn vocabularies_of_both_revisions_fit() {
+    let image_tokens = 20_000;
+    let small = ModelConfig {
+        hidden_size: 8,
+        inner_hidden_size: 16,
+        num_layers: 1,
+        num_attention_heads: 2,
+        ..toy()
+    };
+    let large = ModelConfig {
+        vocab_size: small.vocab_size + image_tokens,
+        ..small.clone()
+    };
+    let options = LoadOptions::default();
+    let load = |config: &ModelConfig| Model::initialize(config, 1, &options).unwrap();
+    let tuning = Tuning::Lora(LoraConfig {
+        modules_to_save: vec![SavedModule::WordEmbeddings, SavedModule::LmHead],
+        ..all(LoraInit::Kaiming, false)
+    });
+    let value = |model: &Model, wanted: &str| {
+        let mut found = Vec::new();
+        model.for_each_param(&mut |name, param| {
+            if name == wanted {
+                found = values(&param.value);
+            }
+        });
+        found
+    };
+    for (from, to) in [(&large, &small), (&small, &large)] {
+        let mut model = load(from);
+        tune::apply(&mut model, &tuning, 7).unwrap();
+        model
+            .for_each_param_mut(&mut |_, param| {
+                if param.trains() {
+                    param
+                        .value
+                        .as_mut_slice::<f32>()
+                        .iter_mut()
+                        .for_each(|x| *x += 1.0);
+                }
+                Ok(())
+            })
+            .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        tune::save(&model, &tuning, Path::new("base"), dir.path()).unwrap();
+        let (mut loaded, mut merged) = (load(to), load(to));
+        tune::load_adapter(&mut loaded, dir.path(), true).unwrap();
+        tune::merge_adapter(&mut merged, dir.path()).unwrap();
+        let cut = image_tokens * small.hidden_size;
+        for name in [WORD_EMBEDDINGS, "lm_head.weight"] {
+            let trained = value(&model, name);
+            let want = match from.vocab_size > to.vocab_size {
+                true => trained[cut..].to_vec(),
+                false => [&value(&load(to), WORD_EMBEDDINGS)[..cut], &trained].concat(),
+            };
+            assert_eq!(value(&loaded, name), want, "{name}");
+            assert_eq!(value(&merged, name), want, "{name}, merged");
+        }
+    }
+    // Any other number of rows is of another model.
+    let mut model = load(&small);
+    tune::apply(&mut model, &tuning, 7).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    tune::save(&model, &tuning, Path::new("base"), dir.path()).unwrap();
+    let other = ModelConfig {
+        vocab_size: small.vocab_size + 16,
+        ..small
+    };
+    let error = tune::load_adapter(&mut load(&other), dir.path(), false)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("word_embeddings") && error.contains("another base model"),
+        "{error}"
+    );
+}
+
+/// A prefix as the official trainer leaves it, by itself and in a whole model, with and without its long names.
+#[test]
+fn prefixes_of_every_official_form_are_the_same() {
+    let compute = Compute::cpu(DType::F32);
+    for projection in [false, true] {
+        let tuning = Tuning::PTuning(PrefixConfig {
+            pre_seq_len: 5,
+            projection,
+            ..PrefixConfig::default()
+        });
+        let mut model = base(compute, Weights::AsStored);
+        tune::apply(&mut model, &tuning, 7).unwrap();
+        let want = bits(&model);
+        let base_dir = tempfile::tempdir().unwrap();
+        std::fs::write(
+            base_dir.path().join("config.json"),
+            r#"{"hidden_size": 64, "model_type": "chatglm"}"#,
+        )
+        .unwrap();
+        let saved = tempfile::tempdir().unwrap();
+        tune::save(&model, &tuning, base_dir.path(), saved.path()).unwrap();
+        let prefix = read_tensors(&saved.path().join("pytorch_model.bin")).unwrap();
+        let mut whole: Vec<(String, Tensor)> = prefix.iter().map(|(n, t)| (n.clone(), t.clone())).collect();
+        let mut inside = base(compute, Weights::AsStored);
+        inside
+            .for_each_param_mut(&mut |name, param| {
+                whole.push((name.to_string(), param.value.to_dtype(DType::F16)));
+                Ok(())
+            })
+            .unwrap();
+        whole.push((
+            "transformer.layers.0.attention.rotary_emb.inv_freq".into(),
+            Tensor::zeros(DType::F16, [4]),
+        ));
+        let short = |cut: &str| -> Vec<(String, Tensor)> {
+            prefix
+                .iter()
+                .map(|(n, t)| (n.strip_prefix(cut).unwrap().to_string(), t.clone()))
+                .collect()
+        };
+        let forms = [
+            short(""),
+            short("transformer."),
+            short("transformer.prefix_encoder."),
+            whole,
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        let load = |dir: &Path| {
+            let mut model = base(compute, Weights::AsStored);
+            tune::load_adapter(&mut model, dir, false).map(|_| bits(&model))
+        };
+        let write = |name: &str, tensors: &[(String, Tensor)]| {
+            let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+            write_torch_bin(&dir.path().join(name), &borrowed).unwrap();
+        };
+        // What the trainer leaves beside it.
+        for name in [
+            "training_args.bin",
+            "optimizer.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "trainer_state.json",
+        ] {
+            std::fs::write(dir.path().join(name), b"not looked at").unwrap();
+        }
+        for form in &forms {
+            write("pytorch_model.bin", form);
+            assert_eq!(load(dir.path()).unwrap(), want);
+            let out = tempfile::tempdir().unwrap();
+            tune::rewrite_prefix(dir.path(), Some(base_dir.path()), out.path()).unwrap();
+            for name in ["pytorch_model.bin", "config.json"] {
+                let read = |dir: &Path| std::fs::read(dir.join(name)).unwrap();
+                assert_eq!(read(out.path()), read(saved.path()), "{name}");
+            }
+        }
+        // In shards with an index, as a large model is saved.
+        std::fs::remove_file(dir.path().join("pytorch_model.bin")).unwrap();
+        let (first, second) = forms[3].split_at(3);
+        let files = [
+            ("pytorch_model-00001-of-00002.bin", first),
+            ("pytorch_model-00002-of-00002.bin", second),
+        ];
+        let mut map = serde_json::Map::new();
+        for (file, tensors) in files {
+            write(file, tensors);
+            map.extend(tensors.iter().map(|(name, _)| (name.clone(), json!(file))));
+        }
+        let index = json!({ "weight_map": map }).to_string();
+        std::fs::write(dir.path().join("pytorch_model.bin.index.json"), index).unwrap();
+        assert_eq!(load(dir.path()).unwrap(), want);
+
+        for (config, words) in [
+            (
+                json!({ "pre_seq_len": 128 }),
+                ["pre_seq_len 128", "pre_seq_len 5"],
+            ),
+            (
+                json!({ "pre_seq_len": 5, "prefix_projection": !projection }),
+                ["config.json", "prefix_projection"],
+            ),
+        ] {
+            std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+            let error = load(dir.path()).unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
+        let config = json!({ "pre_seq_len": 5, "prefix_projection": projection, "quantization_bit": 4 });
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        assert_eq!(load(dir.path()).unwrap(), want);
     }
 }

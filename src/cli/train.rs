@@ -88,6 +88,18 @@ pub struct TrainArgs {
     /// `all`, or some of query_key_value,dense,dense_h_to_4h,dense_4h_to_h [default: all]
     #[arg(long, value_name = "LIST", help_heading = "LoRA")]
     lora_target: Option<String>,
+    /// Only these layers, from 0, e.g. 14,15,16 [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "LoRA")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    lora_layers: Vec<usize>,
+    /// Ranks of single linears, by the ends of their names, as PEFT's rank_pattern, e.g. mlp.dense_4h_to_h=4
+    #[arg(long, value_name = "PATTERN=R", help_heading = "LoRA")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    lora_rank_pattern: Vec<String>,
+    /// Alphas of single linears, as PEFT's alpha_pattern
+    #[arg(long, value_name = "PATTERN=ALPHA", help_heading = "LoRA")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    lora_alpha_pattern: Vec<String>,
     /// Scale by alpha / sqrt(r) (rank-stabilised LoRA)
     #[arg(long, help_heading = "LoRA")]
     #[serde(skip_serializing_if = "is_false")]

@@ -203,6 +203,9 @@ impl RunConfig {
             ("--dora", self.dora),
             ("--rslora", self.rslora),
             ("--lora-init", self.lora_init != default.lora_init),
+            ("--lora-layers", !self.lora_layers.is_empty()),
+            ("--lora-rank-pattern", !self.lora_rank_pattern.is_empty()),
+            ("--lora-alpha-pattern", !self.lora_alpha_pattern.is_empty()),
             ("--modules-to-save", !self.modules_to_save.is_empty()),
             ("--loraplus-lr-ratio", self.loraplus_lr_ratio.is_some()),
         ];
@@ -253,13 +256,16 @@ impl RunConfig {
 }
 
 /// Flags that only some methods heed.
-const OF_METHODS: [(&str, &[Method]); 14] = {
+const OF_METHODS: [(&str, &[Method]); 17] = {
     const LORA: &[Method] = &[Method::Lora, Method::Qlora];
     [
         ("lora_r", LORA),
         ("lora_alpha", LORA),
         ("lora_dropout", LORA),
         ("lora_target", LORA),
+        ("lora_layers", LORA),
+        ("lora_rank_pattern", LORA),
+        ("lora_alpha_pattern", LORA),
         ("rslora", LORA),
         ("dora", LORA),
         ("lora_init", LORA),
@@ -274,11 +280,14 @@ const OF_METHODS: [(&str, &[Method]); 14] = {
 };
 
 /// What an adapter that training goes on from has decided already.
-const OF_ADAPTER: [&str; 9] = [
+const OF_ADAPTER: [&str; 12] = [
     "lora_r",
     "lora_alpha",
     "lora_dropout",
     "lora_target",
+    "lora_layers",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
     "rslora",
     "dora",
     "lora_init",

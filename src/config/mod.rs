@@ -151,6 +151,14 @@ pub struct RunConfig {
     pub lora_alpha: Option<f64>,
     pub lora_dropout: f64,
     pub lora_target: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lora_layers: Vec<usize>,
+    /// Each `PATTERN=RANK`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lora_rank_pattern: Vec<String>,
+    /// Each `PATTERN=ALPHA`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lora_alpha_pattern: Vec<String>,
     pub rslora: bool,
     pub dora: bool,
     pub lora_init: String,
@@ -267,6 +275,9 @@ impl Default for RunConfig {
             lora_alpha: None,
             lora_dropout: 0.0,
             lora_target: "all".into(),
+            lora_layers: Vec::new(),
+            lora_rank_pattern: Vec::new(),
+            lora_alpha_pattern: Vec::new(),
             rslora: false,
             dora: false,
             lora_init: "kaiming".into(),

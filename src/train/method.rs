@@ -1,8 +1,9 @@
 //! From the flags of a run to its tuning method, and to words.
 
 use std::path::Path;
+use std::str::FromStr;
 
-use crate::checkpoint::LM_HEAD;
+use crate::checkpoint::{AdapterConfig, LM_HEAD, Patterns};
 use crate::config::{Method, RunConfig};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -22,6 +23,9 @@ pub(super) fn tuning(config: &RunConfig) -> Result<Tuning> {
             dropout: config.lora_dropout,
             rslora: config.rslora,
             targets: targets(&config.lora_target)?,
+            layers: config.lora_layers.clone(),
+            rank_pattern: patterns("--lora-rank-pattern", &config.lora_rank_pattern)?,
+            alpha_pattern: patterns("--lora-alpha-pattern", &config.lora_alpha_pattern)?,
             dora: config.dora,
             init: config.lora_init.parse::<LoraInit>().map_err(usage)?,
             modules_to_save: config
@@ -63,6 +67,30 @@ fn targets(list: &str) -> Result<Vec<LoraTarget>> {
     Ok(targets)
 }
 
+/// `PATTERN=VALUE`, in order.
+fn patterns<T: Copy + FromStr>(flag: &str, list: &[String]) -> Result<Patterns<T>> {
+    let pair = |text: &String| {
+        let parts = text.rsplit_once('=');
+        let value =
+            parts.and_then(|(pattern, value)| Some((pattern.to_string(), value.trim().parse().ok()?)));
+        value.ok_or_else(|| {
+            Error::Usage(format!(
+                "{flag}: found {text}, expected PATTERN=VALUE, e.g. mlp.dense_4h_to_h=4"
+            ))
+        })
+    };
+    let pairs: Vec<(String, T)> = list.iter().map(pair).collect::<Result<_>>()?;
+    Patterns::new(pairs).map_err(usage)
+}
+
+/// The patterns of an adapter as a run's configuration spells them.
+fn spelled<T: Copy + std::fmt::Display>(patterns: &Patterns<T>) -> Vec<String> {
+    patterns
+        .pairs()
+        .map(|(pattern, value)| format!("{pattern}={value}"))
+        .collect()
+}
+
 /// The configuration of a run that goes on training an adapter: its form is the adapter's, whatever the flags' defaults say.
 ///
 /// # Errors
@@ -100,6 +128,9 @@ pub(super) fn inherit(config: &RunConfig) -> Result<RunConfig> {
             lora_alpha: before.lora_alpha,
             lora_dropout: before.lora_dropout,
             lora_target: before.lora_target,
+            lora_layers: before.lora_layers,
+            lora_rank_pattern: before.lora_rank_pattern,
+            lora_alpha_pattern: before.lora_alpha_pattern,
             rslora: before.rslora,
             dora: before.dora,
             lora_init: before.lora_init,
@@ -122,11 +153,16 @@ pub(super) fn inherit(config: &RunConfig) -> Result<RunConfig> {
             config.lora_r = adapter.r;
             config.lora_alpha = Some(adapter.lora_alpha);
             config.lora_dropout = adapter.lora_dropout;
-            config.lora_target = last_parts(&dir, &adapter.target_modules)?.join(",");
+            let (targets, layers) = adapter.grid().ok_or_else(|| no_grid(&dir, &adapter))?;
+            config.lora_target = targets.join(",");
+            config.lora_layers = layers;
+            config.lora_rank_pattern = spelled(&adapter.rank_pattern);
+            config.lora_alpha_pattern = spelled(&adapter.alpha_pattern);
             config.rslora = adapter.use_rslora;
             config.dora = adapter.use_dora;
             config.lora_init = "kaiming".into();
-            config.modules_to_save = last_parts(&dir, &adapter.modules_to_save)?;
+            let last = |name: &String| name.rsplit('.').next().unwrap_or(name).to_string();
+            config.modules_to_save = adapter.modules_to_save.iter().map(last).collect();
         }
         (tune::Loaded::Prefix(prefix), Method::Ptuning) => {
             config.pre_seq_len = prefix.pre_seq_len;
@@ -138,25 +174,17 @@ pub(super) fn inherit(config: &RunConfig) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// `query_key_value` of `attention.query_key_value`: what the flags call the modules of every layer.
-fn last_parts(dir: &Path, names: &[String]) -> Result<Vec<String>> {
-    let mut parts: Vec<String> = Vec::new();
-    for name in names {
-        let numbered = name.split('.').any(|part| part.parse::<usize>().is_ok());
-        if numbered {
-            return Err(Error::input(
-                dir.join("adapter_config.json").display(),
-                format!("{name}, a module of one layer"),
-                "modules of every layer",
-                "an adapter of single layers can be used, but not trained on: merge it with --merge-adapters",
-            ));
-        }
-        let part = name.rsplit('.').next().unwrap_or(name).to_string();
-        if !parts.contains(&part) {
-            parts.push(part);
-        }
-    }
-    Ok(parts)
+/// An adapter whose layers differ in the linears that carry it: no flags describe a run of it.
+fn no_grid(dir: &Path, adapter: &AdapterConfig) -> Error {
+    Error::input(
+        dir.join("adapter_config.json").display(),
+        format!(
+            "target_modules {}, not the same ones in each layer",
+            adapter.targets_in_words()
+        ),
+        "the same modules in every layer that has some",
+        "such an adapter can be used, but not trained on: merge it with --merge-adapters",
+    )
 }
 
 /// The method in words.

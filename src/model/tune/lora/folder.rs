@@ -3,15 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use super::{LoraConfig, LoraInit, SavedModule, lora_scale, pissa, saved};
-use crate::checkpoint::{AdapterConfig, read_adapter, write_adapter};
+use super::vocabulary::{self, Replacement};
+use super::{LoraConfig, LoraInit, SavedModule, pissa, saved};
+use crate::checkpoint::{AdapterConfig, PEFT_PREFIX as PREFIX, read_adapter, say_once, write_adapter};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::{Dora, Lora, Param};
-use crate::tensor::{DType, Device, Tensor};
-
-/// PEFT puts this before every name of the base.
-const PREFIX: &str = "base_model.model.";
+use crate::tensor::{DType, Device, Shape, Tensor};
 
 /// A folder that is being taken over, tensor by tensor.
 pub(super) struct Folder {
@@ -22,13 +20,16 @@ pub(super) struct Folder {
     unused: BTreeSet<String>,
 }
 
-/// The adapter of one linear.
+/// The adapter of one linear, `W += scale B A`, in the type of the file and mapped where that stores it.
+#[derive(Debug)]
 pub(super) struct Pair {
-    /// `[r, in]`, F32.
+    /// What B A is multiplied by: `lora_alpha / r` of this linear, or `lora_alpha / sqrt(r)`.
+    pub scale: f64,
+    /// `[r, in]`.
     pub a: Tensor,
-    /// `[out, r]`, F32.
+    /// `[out, r]`.
     pub b: Tensor,
-    /// `[out]`, F32, with DoRA.
+    /// `[out]`, with DoRA.
     pub magnitude: Option<Tensor>,
 }
 
@@ -48,9 +49,9 @@ impl Folder {
         })
     }
 
-    /// What B A is multiplied by.
-    pub fn scale(&self) -> f64 {
-        lora_scale(self.config.lora_alpha, self.config.r, self.config.use_rslora)
+    /// The modules that trained whole.
+    pub fn saved(&self) -> &[SavedModule] {
+        &self.saved
     }
 
     fn wrong(&self, name: &str, found: String, expected: String) -> Error {
@@ -65,13 +66,7 @@ impl Folder {
     pub fn take(&mut self, layer: usize, module: &str, (out, input): (usize, usize)) -> Result<Option<Pair>> {
         let whole = format!("transformer.layers.{layer}.{module}");
         let name = |part: &str| format!("{PREFIX}{whole}.{part}");
-        let r = self.config.r;
-        // As PEFT matches: the whole name of the module, or its end after a dot.
-        let targeted = self.config.target_modules.iter().any(|t| {
-            whole
-                .strip_suffix(t.as_str())
-                .is_some_and(|before| before.is_empty() || before.ends_with('.'))
-        });
+        let (r, targeted) = (self.config.rank(&whole), self.config.targets(&whole));
         let mut parts = vec![("lora_A.weight", vec![r, input]), ("lora_B.weight", vec![out, r])];
         if self.config.use_dora {
             parts.push(("lora_magnitude_vector", vec![out]));
@@ -87,7 +82,7 @@ impl Folder {
             };
             if !targeted {
                 let place = format!("{}: {name}", self.dir.display());
-                let targets = self.config.target_modules.join(", ");
+                let targets = self.config.targets_in_words();
                 let found = format!("a tensor, and target_modules {targets}");
                 let expected = format!(
                     "{} in target_modules",
@@ -101,7 +96,7 @@ impl Folder {
                 let got = format!("{} {}", tensor.dtype(), tensor.shape());
                 return Err(self.wrong(&name, got, format!("floats {extents:?}")));
             }
-            taken.push(tensor.to_dtype(DType::F32));
+            taken.push(tensor.clone());
             self.unused.remove(&name);
         }
         let mut taken = taken.into_iter();
@@ -109,7 +104,36 @@ impl Folder {
             return Ok(None);
         };
         let magnitude = taken.next();
-        Ok(Some(Pair { a, b, magnitude }))
+        let scale = self.config.scale(&whole);
+        Ok(Some(Pair {
+            scale,
+            a,
+            b,
+            magnitude,
+        }))
+    }
+
+    /// What takes the place of the base's tensor `name` of `shape`, if the folder saved its module whole.
+    ///
+    /// # Errors
+    /// The tensor is missing or mis-shaped; it is named.
+    pub fn take_saved(&mut self, name: &str, shape: Shape) -> Result<Option<Replacement>> {
+        if !saved::is_of(&self.saved, name) {
+            return Ok(None);
+        }
+        let name = format!("{PREFIX}{name}");
+        let Some(tensor) = self.tensors.get(&name) else {
+            return Err(self.wrong(&name, "nothing".into(), "a tensor".into()));
+        };
+        let Some(replacement) = vocabulary::fit(tensor, shape) else {
+            let got = format!("{} {}", tensor.dtype(), tensor.shape());
+            return Err(self.wrong(&name, got, format!("floats {shape}")));
+        };
+        if let Some(line) = replacement.notice() {
+            say_once(format!("{}: {name}: {line}", self.dir.display()));
+        }
+        self.unused.remove(&name);
+        Ok(Some(replacement))
     }
 
     /// Puts the modules that trained whole in their places: to train on, in the type of sums, or frozen. Returns how many
@@ -119,28 +143,25 @@ impl Folder {
     /// A tensor is missing or mis-shaped; the device has no room.
     pub fn put_saved(&mut self, model: &mut Model, trainable: bool) -> Result<usize> {
         let (dtype, device) = (model.dtype().accumulator(), model.device());
-        let saved = std::mem::take(&mut self.saved);
+        let saved = self.saved.clone();
         let mut count = 0;
         saved::for_each(model, &saved, &mut |name, param| {
-            let name = format!("{PREFIX}{name}");
-            let Some(tensor) = self.tensors.get(&name) else {
-                return Err(self.wrong(&name, "nothing".into(), "a tensor".into()));
+            let Some(new) = self.take_saved(name, param.value.shape())? else {
+                return Ok(());
             };
-            if tensor.shape() != param.value.shape() || !tensor.dtype().is_float() {
-                let got = format!("{} {}", tensor.dtype(), tensor.shape());
-                return Err(self.wrong(&name, got, format!("floats {}", param.value.shape())));
-            }
-            self.unused.remove(&name);
+            let tensor = match new.needs_base() {
+                true => new.over(&param.value.to_device(Device::Cpu)?),
+                false => new.over(&param.value),
+            };
             count += 1;
             // Frozen on a device, a matrix is of the compute type as before.
             let dtype = match device {
                 Device::Cuda(_) if !trainable => param.value.dtype(),
                 _ => dtype,
             };
-            *param = placed(tensor, dtype, device, trainable)?;
+            *param = placed(&tensor, dtype, device, trainable)?;
             Ok(())
         })?;
-        self.saved = saved;
         Ok(count)
     }
 
@@ -160,7 +181,7 @@ impl Folder {
     }
 }
 
-fn placed(tensor: &Tensor, dtype: DType, device: Device, trainable: bool) -> Result<Param> {
+pub(super) fn placed(tensor: &Tensor, dtype: DType, device: Device, trainable: bool) -> Result<Param> {
     let value = tensor.to_dtype(dtype).into_device(device)?;
     match trainable {
         true => Param::trainable(value),
@@ -174,27 +195,32 @@ fn placed(tensor: &Tensor, dtype: DType, device: Device, trainable: bool) -> Res
 /// The folder is not an adapter of this base: a tensor is unknown, missing or mis-shaped; each is named.
 pub fn load_adapter(model: &mut Model, dir: &Path, trainable: bool) -> Result<AdapterConfig> {
     let folder = Folder::read(dir)?;
-    let scale = folder.scale();
-    put(model, folder, scale, trainable, false)
+    put(model, folder, None, trainable)
 }
 
-/// With `pissa`, the folder holds the two halves that [`pissa::joined`] joined.
+/// With `pissa`, the folder holds the two halves that [`pissa::joined`] joined, and this is the run that made them.
 fn put(
     model: &mut Model,
     mut folder: Folder,
-    scale: f64,
+    pissa: Option<&LoraConfig>,
     trainable: bool,
-    pissa: bool,
 ) -> Result<AdapterConfig> {
     let (dtype, device) = (model.dtype().accumulator(), model.device());
     let dropout = folder.config.lora_dropout as f32;
     let mut linears = 0;
     for (i, block) in model.blocks.iter_mut().enumerate() {
         for (module, linear) in block.linears_mut() {
-            let Some(Pair { a, b, magnitude }) = folder.take(i, module, linear.extents())? else {
+            let Some(pair) = folder.take(i, module, linear.extents())? else {
                 continue;
             };
-            let (a, b, found) = if pissa {
+            let Pair {
+                mut scale,
+                a,
+                b,
+                magnitude,
+            } = pair;
+            let (a, b, found) = if let Some(own) = pissa {
+                scale = own.scale(i, module);
                 let (a, b, found) = pissa::parted(&a, &b);
                 pissa::leave_rest(linear, &format!("layer {i} {module}"), scale, &found)?;
                 (a, b, Some(found))
@@ -237,12 +263,19 @@ pub(in crate::model::tune) fn restore(model: &mut Model, config: &LoraConfig, di
         && want.lora_alpha.to_bits() == is.lora_alpha.to_bits()
         && want.lora_dropout.to_bits() == is.lora_dropout.to_bits()
         && (want.use_rslora, want.use_dora) == (is.use_rslora, is.use_dora)
+        && (&want.rank_pattern, &want.alpha_pattern) == (&is.rank_pattern, &is.alpha_pattern)
         && last_parts(&want.modules_to_save).eq(last_parts(&is.modules_to_save));
     if !same {
         let words = |c: &AdapterConfig| {
             let modules = c.modules_to_save.join(", ");
+            let patterns = c.rank_pattern.pairs().map(|(key, r)| format!(", r {r} of {key}"));
+            let alphas = c
+                .alpha_pattern
+                .pairs()
+                .map(|(key, alpha)| format!(", alpha {alpha} of {key}"));
+            let patterns: String = patterns.chain(alphas).collect();
             format!(
-                "r {}, alpha {}, dropout {}, rsLoRA {}, DoRA {}, modules [{modules}]",
+                "r {}, alpha {}{patterns}, dropout {}, rsLoRA {}, DoRA {}, modules [{modules}]",
                 c.r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.use_dora
             )
         };
@@ -250,9 +283,8 @@ pub(in crate::model::tune) fn restore(model: &mut Model, config: &LoraConfig, di
         return Err(Error::input(dir.display(), words(is), words(&want), remedy));
     }
     // From the run's own rank: twice the rank and twice alpha give the same scale only up to rounding.
-    let scale = lora_scale(config.alpha, config.r, config.rslora);
     let pissa = matches!(config.init, LoraInit::Pissa { .. });
-    put(model, folder, scale, true, pissa).map(|_| ())
+    put(model, folder, pissa.then_some(config), true).map(|_| ())
 }
 
 /// Copies of the adapter's tensors on the host by PEFT name, in model order, and of the modules that train beside it. A
@@ -327,17 +359,21 @@ impl LoraConfig {
     /// What PEFT is told about an adapter of this configuration on the base `base`: with PiSSA, a plain one of twice the
     /// rank whose scale is the same.
     pub fn peft(&self, base: &Path) -> AdapterConfig {
-        let (r, lora_alpha) = match (self.init, self.rslora) {
-            (LoraInit::Kaiming, _) => (self.r, self.alpha),
-            (LoraInit::Pissa { .. }, false) => (2 * self.r, 2.0 * self.alpha),
-            (LoraInit::Pissa { .. }, true) => (2 * self.r, 2f64.sqrt() * self.alpha),
+        // As many ranks, and what alpha becomes.
+        let (twice, growth) = match (self.init, self.rslora) {
+            (LoraInit::Kaiming, _) => (1, 1.0),
+            (LoraInit::Pissa { .. }, false) => (2, 2.0),
+            (LoraInit::Pissa { .. }, true) => (2, 2f64.sqrt()),
         };
         AdapterConfig {
             base_model_name_or_path: Some(base.display().to_string()),
-            r,
-            lora_alpha,
+            r: twice * self.r,
+            lora_alpha: growth * self.alpha,
             lora_dropout: self.dropout,
             target_modules: self.targets.iter().map(|t| t.name().to_string()).collect(),
+            layers_to_transform: self.layers.clone(),
+            rank_pattern: self.rank_pattern.map(|r| twice * r),
+            alpha_pattern: self.alpha_pattern.map(|alpha| growth * alpha),
             use_rslora: self.rslora,
             use_dora: self.dora,
             modules_to_save: self

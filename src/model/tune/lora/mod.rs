@@ -1,9 +1,12 @@
 //! Low-rank adapters: which linears carry them, how they start, how they are read and written.
 
+mod alive;
 mod folder;
 mod merge;
+mod merger;
 mod pissa;
 mod saved;
+mod vocabulary;
 mod weight;
 
 use std::fmt;
@@ -13,8 +16,10 @@ pub use folder::{adapter_tensors, load_adapter, save_adapter};
 pub(super) use folder::{restore, save};
 pub use merge::Merged;
 pub(super) use merge::merge;
+pub use merger::{Merger, Strength};
 pub use saved::SavedModule;
 
+use crate::checkpoint::{AdapterConfig, Patterns};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::{Lora, Param};
@@ -123,6 +128,12 @@ pub struct LoraConfig {
     pub rslora: bool,
     /// Which linears.
     pub targets: Vec<LoraTarget>,
+    /// Of which blocks; without numbers, of all.
+    pub layers: Vec<usize>,
+    /// Ranks of single linears, by the ends of their names.
+    pub rank_pattern: Patterns<usize>,
+    /// Alphas of single linears.
+    pub alpha_pattern: Patterns<f64>,
     /// Train magnitudes and directions apart (DoRA, Liu et al. 2024)?
     pub dora: bool,
     /// How adapters start.
@@ -139,6 +150,9 @@ impl Default for LoraConfig {
             dropout: 0.0,
             rslora: false,
             targets: LoraTarget::ALL.to_vec(),
+            layers: Vec::new(),
+            rank_pattern: Patterns::default(),
+            alpha_pattern: Patterns::default(),
             dora: false,
             init: LoraInit::Kaiming,
             modules_to_save: Vec::new(),
@@ -146,13 +160,32 @@ impl Default for LoraConfig {
     }
 }
 
-/// `alpha / r`, or `alpha / sqrt(r)`.
-fn lora_scale(alpha: f64, r: usize, rslora: bool) -> f64 {
-    if rslora {
-        alpha / (r as f64).sqrt()
-    } else {
-        alpha / r as f64
+impl LoraConfig {
+    /// The rank of the linear `module` of block `layer`.
+    fn rank(&self, layer: usize, module: &str) -> usize {
+        self.rank_pattern
+            .get(&whole_name(layer, module))
+            .unwrap_or(self.r)
     }
+
+    /// What its `B A` is multiplied by.
+    fn scale(&self, layer: usize, module: &str) -> f64 {
+        let alpha = self
+            .alpha_pattern
+            .get(&whole_name(layer, module))
+            .unwrap_or(self.alpha);
+        AdapterConfig::scaling(alpha, self.rank(layer, module), self.rslora)
+    }
+
+    /// Does the linear of block `layer` carry an adapter?
+    fn adapts(&self, layer: usize, target: LoraTarget) -> bool {
+        self.targets.contains(&target) && (self.layers.is_empty() || self.layers.contains(&layer))
+    }
+}
+
+/// The name of a linear in the base.
+fn whole_name(layer: usize, module: &str) -> String {
+    format!("transformer.layers.{layer}.{module}")
 }
 
 /// Adds new adapters, as PEFT starts them.
@@ -162,14 +195,13 @@ fn lora_scale(alpha: f64, r: usize, rslora: bool) -> f64 {
 pub(super) fn apply(model: &mut Model, config: &LoraConfig, seed: u64) -> Result<()> {
     let LoraConfig {
         r,
-        alpha,
         dropout,
-        rslora,
         targets,
+        layers,
         ..
     } = config;
 
-    if *r == 0 {
+    if *r == 0 || config.rank_pattern.pairs().any(|(_, r)| r == 0) {
         return Err(Error::input("--lora-r", 0, "at least 1", "give a rank such as 8"));
     }
     if targets.is_empty() {
@@ -178,6 +210,16 @@ pub(super) fn apply(model: &mut Model, config: &LoraConfig, seed: u64) -> Result
             "nothing",
             "at least one linear",
             "use `all`",
+        ));
+    }
+    let count = model.blocks.len();
+    if let Some(layer) = layers.iter().find(|layer| **layer >= count) {
+        let expected = format!("layers from 0 to {}", count.saturating_sub(1));
+        return Err(Error::input(
+            "--lora-layers",
+            layer,
+            expected,
+            "name layers of this model",
         ));
     }
     if !(0.0..1.0).contains(dropout) {
@@ -190,16 +232,15 @@ pub(super) fn apply(model: &mut Model, config: &LoraConfig, seed: u64) -> Result
     }
     let dtype = model.dtype().accumulator();
     let device = model.device();
-    let widths = model
-        .blocks
-        .iter()
-        .flat_map(|block| block.linears())
-        .zip(LoraTarget::ALL.into_iter().cycle());
-    let adapted = widths.filter(|(_, target)| targets.contains(target));
-    let width: usize = adapted
-        .map(|((_, linear), _)| linear.extents())
-        .map(|(out, input)| out + input)
-        .sum();
+    let mut elements = 0;
+    for (layer, block) in model.blocks.iter().enumerate() {
+        for ((module, linear), target) in block.linears().into_iter().zip(LoraTarget::ALL) {
+            if config.adapts(layer, target) {
+                let (out, input) = linear.extents();
+                elements += (out + input) as u128 * config.rank(layer, module) as u128;
+            }
+        }
+    }
     // Value, gradient and the two moments of the optimizer.
     let copies = 4 * dtype.size() as u128;
     let whole = saved::elements(model, &config.modules_to_save) as u128;
@@ -210,33 +251,33 @@ pub(super) fn apply(model: &mut Model, config: &LoraConfig, seed: u64) -> Result
             copies * whole,
             "train fewer of them: norms are small, word_embeddings and lm_head are large",
         )?;
-        let bytes = copies * width as u128 * *r as u128;
+        let bytes = copies * elements;
         check_memory(
             &format!("--lora-r {r}"),
             bytes,
             "give a lower rank; 8 to 64 are usual",
         )?;
     }
-    let scale = lora_scale(*alpha, *r, *rslora);
     let mut number = 0;
     for (layer, block) in model.blocks.iter_mut().enumerate() {
         for ((module, linear), target) in block.linears_mut().into_iter().zip(LoraTarget::ALL) {
             number += 1;
-            if !targets.contains(&target) {
+            if !config.adapts(layer, target) {
                 continue;
             }
+            let (r, scale) = (config.rank(layer, module), config.scale(layer, module));
             let (out, input) = linear.extents();
             let stream = Stream::new(seed, number);
             let (a, b, found) = match config.init {
                 // A plan asks for sizes only.
                 LoraInit::Kaiming if planning() => {
                     let zeros = |extents: [usize; 2]| Tensor::zeros(DType::F32, extents);
-                    (zeros([*r, input]), zeros([out, *r]), None)
+                    (zeros([r, input]), zeros([out, r]), None)
                 }
                 LoraInit::Pissa { .. } if planning() => {
                     let zeros = |extents: [usize; 2]| Tensor::zeros(DType::F32, extents);
                     weight::replace(&mut linear.weight, &zeros([out, input]), module)?;
-                    let found = (zeros([*r, input]), zeros([out, *r]));
+                    let found = (zeros([r, input]), zeros([out, r]));
                     (found.0.clone(), found.1.clone(), Some(found))
                 }
                 LoraInit::Kaiming => {
@@ -244,12 +285,12 @@ pub(super) fn apply(model: &mut Model, config: &LoraConfig, seed: u64) -> Result
                     let a: Vec<f32> = (0..(r * input) as u64)
                         .map(|i| (2.0 * stream.uniform(i) - 1.0) * bound)
                         .collect();
-                    let b = Tensor::zeros(DType::F32, [out, *r]);
-                    (Tensor::from_slice(&a, [*r, input]), b, None)
+                    let b = Tensor::zeros(DType::F32, [out, r]);
+                    (Tensor::from_slice(&a, [r, input]), b, None)
                 }
                 LoraInit::Pissa { iterations } => {
                     let place = format!("layer {layer} {module}");
-                    let found = pissa::principal(&place, &linear.weight, *r, scale, iterations, stream)?;
+                    let found = pissa::principal(&place, &linear.weight, r, scale, iterations, stream)?;
                     pissa::leave_rest(linear, &place, scale, &found)?;
                     (found.0.clone(), found.1.clone(), Some(found))
                 }

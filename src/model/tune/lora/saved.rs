@@ -84,12 +84,10 @@ pub(super) fn for_each(
         // A clone of a frozen tensor shares its memory.
         model.lm_head = Some(Param::frozen(model.embedding.value.clone()));
     }
-    model.for_each_param_mut(
-        &mut |name, param| match modules.iter().any(|&module| of(module, name)) {
-            true => f(name, param),
-            false => Ok(()),
-        },
-    )
+    model.for_each_param_mut(&mut |name, param| match is_of(modules, name) {
+        true => f(name, param),
+        false => Ok(()),
+    })
 }
 
 /// How many numbers `modules` hold.
@@ -103,6 +101,11 @@ pub(super) fn elements(model: &Model, modules: &[SavedModule]) -> usize {
         true => count + model.embedding.value.elements(),
         false => count,
     }
+}
+
+/// Is `name` a parameter of one of `modules`?
+pub(super) fn is_of(modules: &[SavedModule], name: &str) -> bool {
+    modules.iter().any(|&module| of(module, name))
 }
 
 /// Is `name` a parameter of `module`?

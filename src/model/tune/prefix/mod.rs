@@ -1,13 +1,17 @@
 //! P-Tuning v2: how a prefix starts, how it is read and written.
 
-use std::collections::BTreeMap;
+mod folder;
+
 use std::path::Path;
 
 use serde_json::json;
 
-use crate::checkpoint::{read_tensors, refuse_non_finite, write_torch_bin};
+pub(super) use folder::is_folder;
+
+use self::folder::Folder;
+use crate::checkpoint::{refuse_non_finite, write_torch_bin};
 use crate::error::{Error, Result};
-use crate::model::{Model, config};
+use crate::model::{Model, ModelConfig, config};
 use crate::nn::{PREFIX_ENCODER, Param, PrefixEncoder, Projection};
 use crate::rng::Stream;
 use crate::tensor::{DType, Device, Shape, Tensor, check_memory};
@@ -38,14 +42,8 @@ const WEIGHTS: &str = "pytorch_model.bin";
 /// Streams of random numbers that no adapter draws from.
 const STREAM: u64 = 1 << 32;
 
-/// Does the folder hold a prefix?
-pub(super) fn is_folder(dir: &Path) -> bool {
-    dir.join(WEIGHTS).is_file() && !dir.join("adapter_config.json").exists()
-}
-
 /// The encoder's tensors by their names behind `transformer.prefix_encoder.`, in the official order.
-fn shapes(model: &Model, length: usize, projection: bool) -> Vec<(&'static str, Shape)> {
-    let config = model.config();
+fn shapes(config: &ModelConfig, length: usize, projection: bool) -> Vec<(&'static str, Shape)> {
     let (hidden, columns) = (config.hidden_size, 2 * config.num_layers * config.hidden_size);
     if !projection {
         return vec![("embedding.weight", [length, columns].into())];
@@ -110,7 +108,7 @@ pub(super) fn apply(model: &mut Model, config: &PrefixConfig, seed: u64) -> Resu
         ));
     }
     let (device, dtype) = (model.device(), model.dtype().accumulator());
-    let shapes = shapes(model, pre_seq_len, projection);
+    let shapes = shapes(model.config(), pre_seq_len, projection);
     let elements: u128 = shapes
         .iter()
         .map(|(_, s)| s.extents().iter().map(|&e| e as u128).product::<u128>())
@@ -146,64 +144,61 @@ fn in_sums(tensor: Tensor, dtype: DType) -> Tensor {
     }
 }
 
-/// Puts the prefix of an official folder into the model: the length is that of the embedding, the projection is there if its
-/// tensors are, dropout is the official one.
+/// The prefix of an official folder, each tensor checked, in the order of [`shapes`]: the length is that of the embedding, the
+/// projection is there if its tensors are, dropout is the official one.
+///
+/// # Errors
+/// A tensor is unknown, missing, mis-shaped or not finite; each is named.
+fn read(config: &ModelConfig, dir: &Path) -> Result<(PrefixConfig, Vec<Tensor>)> {
+    let mut folder = Folder::read(dir)?;
+    folder.leave_others(config)?;
+    let kind = folder.kind()?;
+    let mut tensors = Vec::new();
+    for (name, shape) in shapes(config, kind.pre_seq_len, kind.projection) {
+        let place = folder.place(name);
+        let remedy = "this prefix belongs to another base model: give --model the base it was trained on";
+        let Some(tensor) = folder.encoder.remove(name) else {
+            return Err(Error::input(place, "nothing", "a tensor", remedy));
+        };
+        if tensor.shape() != shape || kind.pre_seq_len == 0 || !tensor.dtype().is_float() {
+            let found = format!("{} {}", tensor.dtype(), tensor.shape());
+            return Err(Error::input(place, found, format!("floats {shape}"), remedy));
+        }
+        refuse_non_finite(&place, &tensor)?;
+        tensors.push(tensor);
+    }
+    if let Some(name) = folder.encoder.keys().next() {
+        let expected = "embedding.weight, trans.0 and trans.2";
+        let remedy = "this is no prefix of the official code";
+        let place = folder.place(&name.escape_debug().to_string());
+        return Err(Error::input(place, "an unknown tensor", expected, remedy));
+    }
+    Ok((kind, tensors))
+}
+
+/// Does the prefix of an official folder fit a base of this configuration?
+///
+/// # Errors
+/// It does not: see [`load`].
+pub(super) fn check(config: &ModelConfig, dir: &Path) -> Result<PrefixConfig> {
+    read(config, dir).map(|(kind, _)| kind)
+}
+
+/// Puts the prefix of an official folder into the model.
 ///
 /// # Errors
 /// A tensor is unknown, missing, mis-shaped or not finite; each is named.
 pub(super) fn load(model: &mut Model, dir: &Path, trainable: bool) -> Result<PrefixConfig> {
-    let path = dir.join(WEIGHTS);
-    let place = |name: &str| format!("{}: {name}", path.display());
-    let mut tensors = BTreeMap::new();
-    for (name, tensor) in read_tensors(&path)? {
-        let rest = name
-            .strip_prefix(PREFIX_ENCODER)
-            .and_then(|n| n.strip_prefix('.'));
-        let Some(rest) = rest else {
-            let expected = format!("only {PREFIX_ENCODER}.*");
-            let remedy = "give the folder that P-Tuning wrote; a whole model is given as --model";
-            return Err(Error::input(place(&name), "another tensor", expected, remedy));
-        };
-        tensors.insert(rest.to_string(), tensor);
-    }
-    let projection = tensors.keys().any(|name| name.starts_with("trans."));
-    let length = tensors
-        .get("embedding.weight")
-        .map_or(0, |t| t.shape().rows_and_columns().0);
+    let (config, tensors) = read(model.config(), dir)?;
     let (device, dtype) = (model.device(), model.dtype().accumulator());
-    let mut params = Vec::new();
-    for (name, shape) in shapes(model, length, projection) {
-        let whole = format!("{PREFIX_ENCODER}.{name}");
-        let remedy = "this prefix belongs to another base model: give --model the base it was trained on";
-        let Some(tensor) = tensors.remove(name) else {
-            return Err(Error::input(place(&whole), "nothing", "a tensor", remedy));
-        };
-        if tensor.shape() != shape || length == 0 || !tensor.dtype().is_float() {
-            let found = format!("{} {}", tensor.dtype(), tensor.shape());
-            return Err(Error::input(
-                place(&whole),
-                found,
-                format!("floats {shape}"),
-                remedy,
-            ));
-        }
-        refuse_non_finite(&place(&whole), &tensor)?;
+    let mut params = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
         let value = tensor.to_dtype(dtype).into_device(device)?;
         params.push(match trainable {
             true => Param::trainable(value)?,
             false => Param::frozen(value),
         });
     }
-    if let Some(name) = tensors.keys().next() {
-        let expected = "embedding.weight, trans.0 and trans.2";
-        let remedy = "this is no prefix of the official code";
-        return Err(Error::input(place(name), "an unknown tensor", expected, remedy));
-    }
-    let config = PrefixConfig {
-        pre_seq_len: length,
-        projection,
-        ..PrefixConfig::default()
-    };
     model.prefix = Some(encoder(params, config.dropout)?);
     Ok(config)
 }
@@ -213,24 +208,67 @@ pub(super) fn load(model: &mut Model, dir: &Path, trainable: bool) -> Result<Pre
 /// # Errors
 /// The file cannot be read, or has no embedding of a prefix.
 pub(super) fn kind(dir: &Path) -> Result<PrefixConfig> {
-    let path = dir.join(WEIGHTS);
-    let tensors = read_tensors(&path)?;
-    let name = format!("{PREFIX_ENCODER}.embedding.weight");
-    let Some(embedding) = tensors.get(&name) else {
-        let place = format!("{}: {name}", path.display());
-        let remedy = "give the folder that P-Tuning wrote; a whole model is given as --model";
+    Folder::read(dir)?.kind()
+}
+
+/// Writes the prefix of any folder that [`load`] reads as the official trainer does, with the `config.json` of `base`, else its
+/// own.
+///
+/// # Errors
+/// As [`load`], but for what only a model can tell; there is no `config.json`.
+pub(super) fn rewrite(from: &Path, base: Option<&Path>, dir: &Path) -> Result<PrefixConfig> {
+    let folder = Folder::read(from)?;
+    let kind = folder.kind()?;
+    let names: Vec<&str> = match kind.projection {
+        false => vec!["embedding.weight"],
+        true => vec![
+            "embedding.weight",
+            "trans.0.weight",
+            "trans.0.bias",
+            "trans.2.weight",
+            "trans.2.bias",
+        ],
+    };
+    let mut tensors = Vec::new();
+    for name in &names {
+        let Some(tensor) = folder
+            .encoder
+            .get(*name)
+            .filter(|tensor| tensor.dtype().is_float())
+        else {
+            let remedy = "the folder is not whole: copy it again";
+            return Err(Error::input(
+                folder.place(name),
+                "nothing",
+                "a tensor of floats",
+                remedy,
+            ));
+        };
+        refuse_non_finite(&folder.place(name), tensor)?;
+        tensors.push((format!("{PREFIX_ENCODER}.{name}"), tensor.to_dtype(DType::F32)));
+    }
+    if let Some(name) = folder.encoder.keys().find(|name| !names.contains(&name.as_str())) {
+        let place = folder.place(&name.escape_debug().to_string());
         return Err(Error::input(
             place,
-            "nothing",
-            "the embedding of a prefix",
-            remedy,
+            "an unknown tensor",
+            names.join(", "),
+            "this is no prefix of the official code",
         ));
-    };
-    Ok(PrefixConfig {
-        pre_seq_len: embedding.shape().rows_and_columns().0,
-        projection: tensors.keys().any(|name| name.contains(".trans.")),
-        ..PrefixConfig::default()
-    })
+    }
+    write(&tensors, &kind, base.unwrap_or(from), dir)?;
+    Ok(kind)
+}
+
+fn write(tensors: &[(String, Tensor)], kind: &PrefixConfig, base: &Path, dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
+    let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+    write_torch_bin(&dir.join(WEIGHTS), &borrowed)?;
+    let keys = [
+        ("pre_seq_len", json!(kind.pre_seq_len)),
+        ("prefix_projection", json!(kind.projection)),
+    ];
+    config::copy(base, dir, &keys)
 }
 
 /// [`load`], to train on with the dropout of `config`.
@@ -276,12 +314,10 @@ pub(super) fn save(model: &Model, base: &Path, dir: &Path) -> Result<()> {
         }
         Ok(())
     })?;
-    std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
-    let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
-    write_torch_bin(&dir.join(WEIGHTS), &borrowed)?;
-    let keys = [
-        ("pre_seq_len", json!(prefix.len())),
-        ("prefix_projection", json!(prefix.projection.is_some())),
-    ];
-    config::copy(base, dir, &keys)
+    let kind = PrefixConfig {
+        pre_seq_len: prefix.len(),
+        projection: prefix.projection.is_some(),
+        ..PrefixConfig::default()
+    };
+    write(&tensors, &kind, base, dir)
 }
