@@ -10,11 +10,11 @@ use crate::tensor::{DType, Tensor};
 /// `U diag(s) Vᵀ`, the largest singular values first.
 #[derive(Debug, Clone)]
 pub struct Factors {
-    /// `U [m, r]`, its columns orthonormal, F32.
+    /// `U [m, r]`, its columns orthonormal, F32 (F64 of [`product_svd`]).
     pub u: Tensor,
     /// The singular values, descending.
     pub s: Vec<f64>,
-    /// `Vᵀ [r, n]`, its rows orthonormal, F32.
+    /// `Vᵀ [r, n]`, its rows orthonormal, as U.
     pub vt: Tensor,
 }
 
@@ -112,22 +112,11 @@ fn by_squares(w: &Tensor, rank: usize) -> Result<Option<Factors>> {
 }
 
 fn decompose(w: DMatrix<f64>, rank: usize) -> Result<Factors> {
-    let (m, n) = w.shape();
-    let diverged = || Error::Shape {
-        operation: "svd",
-        found: format!("a matrix [{m}, {n}] whose singular values cannot be found"),
-        expected: "finite numbers".into(),
-    };
-    if w.iter().any(|x| !x.is_finite()) {
-        return Err(diverged());
-    }
-    let svd = w.try_svd(true, true, f64::EPSILON, 0).ok_or_else(diverged)?;
-    let (Some(u), Some(vt)) = (svd.u, svd.v_t) else {
-        return Err(diverged());
-    };
+    let (u, mut s, vt) = svd_of(w)?;
+    s.truncate(rank);
     Ok(Factors {
         u: tensor(&u.columns(0, rank).into_owned()),
-        s: svd.singular_values.iter().take(rank).copied().collect(),
+        s,
         vt: tensor(&vt.rows(0, rank).into_owned()),
     })
 }
@@ -180,6 +169,101 @@ pub fn low_rank_from(w: &Tensor, sketch: &Tensor, iterations: usize) -> Result<F
         (left, transposed(&small.u))
     };
     Ok(Factors { u, s: small.s, vt })
+}
+
+/// One of the terms `s B A` of a sum: its scale, `B [m, r]` and `A [r, n]`, F32 on the host.
+pub type Term<'a> = (f64, &'a Tensor, &'a Tensor);
+
+/// The factors of the sum of `terms`: `[s₁ B₁, s₂ B₂, ..] [m, R]` and `[A₁; A₂; ..]ᵀ [n, R]`, with R the sum of the ranks.
+fn stacked(terms: &[Term]) -> Result<(DMatrix<f64>, DMatrix<f64>)> {
+    let extents = |&(_, b, a): &Term| (b.extent(0), a.extent(1));
+    let Some((m, n)) = terms.first().map(extents) else {
+        return Err(Error::Shape {
+            operation: "sum of products",
+            found: "no product".into(),
+            expected: "at least one".into(),
+        });
+    };
+    let total: usize = terms.iter().map(|(_, b, _)| b.extent(1)).sum();
+    let (mut left, mut right) = (DMatrix::zeros(m, total), DMatrix::zeros(n, total));
+    let mut from = 0;
+    for term in terms {
+        let &(scale, b, a) = term;
+        let r = b.extent(1);
+        if extents(term) != (m, n) || a.extent(0) != r || b.dtype() != DType::F32 || a.dtype() != DType::F32 {
+            return Err(Error::Shape {
+                operation: "sum of products",
+                found: format!("{} {} and {} {}", b.dtype(), b.shape(), a.dtype(), a.shape()),
+                expected: format!("float32 [{m}, r] and [r, {n}], as the first one"),
+            });
+        }
+        left.columns_mut(from, r).copy_from(&(matrix(b) * scale));
+        right.columns_mut(from, r).copy_from(&matrix(a).transpose());
+        from += r;
+    }
+    Ok((left, right))
+}
+
+/// A singular value decomposition of `sum s B A`, without the sum ever being made: with thin QR decompositions of the stacked factors,
+/// `left = Q R` and `right = P S`, it is `Q (U D Vᵀ) Pᵀ` where `U D Vᵀ` is that of the core `R Sᵀ`. O((m + n) R² + R³), all in
+/// f64, so that even the difference of two nearly equal products has all its digits. `u` and `vt` are in F64; there are
+/// `min(m, n, R)` triples.
+///
+/// # Errors
+/// No term; shapes do not fit; a number is not finite.
+pub fn product_svd(terms: &[Term]) -> Result<Factors> {
+    let (left, right) = stacked(terms)?;
+    let (left, right) = (left.qr(), right.qr());
+    let (u, s, vt) = svd_of(left.r() * right.r().transpose())?;
+    let wide = |matrix: DMatrix<f64>| {
+        let (m, n) = matrix.shape();
+        // nalgebra's matrices lie column by column.
+        Tensor::from_slice(matrix.transpose().as_slice(), [m, n])
+    };
+    Ok(Factors {
+        u: wide(left.q() * u),
+        s,
+        vt: wide(vt * right.q().transpose()),
+    })
+}
+
+/// The singular values of `sum s B A`, descending, and so its norms: see [`product_svd`].
+///
+/// # Errors
+/// As [`product_svd`].
+pub fn product_spectrum(terms: &[Term]) -> Result<Vec<f64>> {
+    let (left, right) = stacked(terms)?;
+    Ok(svd_of(left.qr().r() * right.qr().r().transpose())?.1)
+}
+
+/// The Frobenius product `<s B A, s' B' A'> = s s' tr((Bᵀ B') (A' Aᵀ))`, by way of two matrices of the ranks' size.
+///
+/// # Errors
+/// Shapes do not fit.
+pub fn product_inner(x: Term, y: Term) -> Result<f64> {
+    stacked(&[x, y])?;
+    let left = matrix(x.1).tr_mul(&matrix(y.1));
+    let right = matrix(x.2) * matrix(y.2).transpose();
+    Ok(x.0 * y.0 * left.dot(&right))
+}
+
+type Triples = (DMatrix<f64>, Vec<f64>, DMatrix<f64>);
+
+fn svd_of(w: DMatrix<f64>) -> Result<Triples> {
+    let (m, n) = w.shape();
+    let diverged = || Error::Shape {
+        operation: "svd",
+        found: format!("a matrix [{m}, {n}] whose singular values cannot be found"),
+        expected: "finite numbers".into(),
+    };
+    if w.iter().any(|x| !x.is_finite()) {
+        return Err(diverged());
+    }
+    let svd = w.try_svd(true, true, f64::EPSILON, 0).ok_or_else(diverged)?;
+    match (svd.u, svd.v_t) {
+        (Some(u), Some(vt)) => Ok((u, svd.singular_values.iter().copied().collect(), vt)),
+        _ => Err(diverged()),
+    }
 }
 
 #[cfg(test)]
@@ -255,6 +339,45 @@ mod tests {
             let off = (product(&rough) - matrix(&w)).norm();
             assert!(off > 1.01 * best && off < 10.0 * best, "{off} {best}");
         }
+    }
+
+    #[test]
+    fn a_sum_of_products_has_the_singular_values_of_the_dense_one() {
+        let sizes = [(19, 11, [2, 3]), (7, 30, [4, 6]), (6, 5, [4, 4])];
+        for (m, n, ranks) in sizes {
+            let factors: Vec<(f64, Tensor, Tensor)> = ranks
+                .iter()
+                .zip([0.5, -2.0])
+                .enumerate()
+                .map(|(i, (&r, s))| (s, random([m, r], 20 + i as u64), random([r, n], 30 + i as u64)))
+                .collect();
+            let terms: Vec<Term> = factors.iter().map(|(s, b, a)| (*s, b, a)).collect();
+            let dense = terms.iter().fold(DMatrix::zeros(m, n), |sum, (s, b, a)| {
+                sum + matrix(b) * matrix(a) * *s
+            });
+            let want = dense.clone().svd(false, false).singular_values;
+            let f = product_svd(&terms).unwrap();
+            let k = m.min(n).min(ranks.iter().sum());
+            assert_eq!((f.s.len(), f.u.extent(1), f.vt.extent(0)), (k, k, k));
+            for (got, want) in f.s.iter().zip(want.iter()) {
+                assert!((got - want).abs() < 1e-12, "{m} x {n}: {got} {want}");
+            }
+            assert_eq!(product_spectrum(&terms).unwrap(), f.s);
+            let wide = |t: &Tensor| {
+                let (m, n) = t.shape().rows_and_columns();
+                DMatrix::from_row_slice(m, n, t.as_slice::<f64>())
+            };
+            let s = DMatrix::from_diagonal(&nalgebra::DVector::from_vec(f.s.clone()));
+            assert!((wide(&f.u) * s * wide(&f.vt) - dense).norm() < 1e-12);
+            let inner = product_inner(terms[0], terms[1]).unwrap();
+            let each = |i: usize| matrix(terms[i].1) * matrix(terms[i].2) * terms[i].0;
+            assert!((inner - each(0).dot(&each(1))).abs() < 1e-11);
+            // What is left of a product less itself is the rounding of f64.
+            let (s, b, a) = terms[0];
+            assert!(product_spectrum(&[(s, b, a), (-s, b, a)]).unwrap()[0] < 1e-13);
+        }
+        let (b, a) = (random([4, 2], 1), random([3, 5], 2));
+        assert!(product_svd(&[(1.0, &b, &a)]).is_err() && product_svd(&[]).is_err());
     }
 
     #[test]
