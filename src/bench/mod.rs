@@ -5,6 +5,7 @@
 //! fast enough: it prints numbers with their spread.
 
 mod decode;
+mod files;
 mod inputs;
 pub mod kernels;
 mod measure;
@@ -13,6 +14,7 @@ mod report;
 mod train;
 
 pub use decode::{DecodeReport, DecodeSettings, decode};
+pub use files::{FilesReport, FilesSettings, files};
 pub use inputs::model_config;
 pub use kernels::{KernelSettings, kernels};
 pub use measure::Protocol;

@@ -6,7 +6,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use crate::bench::{
-    self, DecodeSettings, KernelSettings, MemorySettings, Protocol, TrainSettings, machine, model_config,
+    self, DecodeSettings, FilesSettings, KernelSettings, MemorySettings, Protocol, TrainSettings, machine,
+    model_config,
 };
 use crate::checkpoint::atomic;
 use crate::compute;
@@ -33,6 +34,8 @@ enum What {
     Decode(DecodeArgs),
     /// What each way to save memory costs, as a ratio to none; or, with --vram, what fits and whether the plan is kept
     Memory(MemoryArgs),
+    /// Merging and each export format on this disk: GB/s, and the ratio to a plain read and write of as many bytes
+    Files(FilesArgs),
 }
 
 /// What all three have in common.
@@ -142,6 +145,34 @@ struct MemoryArgs {
     steps: Option<u32>,
 }
 
+#[derive(Debug, Args)]
+struct FilesArgs {
+    /// A folder on the disk to measure; what is written there is removed
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    place: PathBuf,
+    /// Whose sizes: chatglm-6b, tiny, or the path of a config.json [default: chatglm-6b, with --quick tiny]
+    #[arg(long, value_name = "NAME")]
+    config: Option<String>,
+    /// Layers of it
+    #[arg(long, value_name = "N", default_value = "4", value_parser = extent)]
+    layers: usize,
+    /// ice_text.model of that model: GGML files hold it, and are left out without
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Rank of the adapters
+    #[arg(long, value_name = "R", default_value = "8", value_parser = extent)]
+    lora_r: usize,
+    /// Rounds, each of which measures every way once [default: 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// Only see that everything runs: small sizes, one round; the figures mean nothing
+    #[arg(long)]
+    quick: bool,
+    /// Write the figures to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
 fn extent(text: &str) -> std::result::Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
@@ -193,6 +224,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         What::Train(args) => train(args),
         What::Decode(args) => decode(args),
         What::Memory(args) => memory(args),
+        What::Files(args) => files(args),
     }
 }
 
@@ -301,4 +333,28 @@ fn memory(args: &MemoryArgs) -> Result<()> {
     let reports = bench::memory(&settings, &mut |report| println!("{}", report.line()))?;
     let reports: Vec<Value> = reports.iter().map(bench::MemoryReport::json).collect();
     common.write(&json!({ "machine": machine(compute)?, "memory": reports }))
+}
+
+fn files(args: &FilesArgs) -> Result<()> {
+    let named = args.config.as_deref();
+    let config = model_config(named.unwrap_or(if args.quick { "tiny" } else { "chatglm-6b" }))?;
+    let settings = FilesSettings {
+        config: ModelConfig {
+            num_layers: args.layers.min(config.num_layers),
+            ..config
+        },
+        place: args.place.clone(),
+        tokenizer: args.tokenizer.clone(),
+        rank: args.lora_r,
+        rounds: args.rounds.map_or(if args.quick { 1 } else { 3 }, |n| n as usize),
+    };
+    if settings.tokenizer.is_none() {
+        eprintln!("left out: GGML files, which need --tokenizer FILE (ice_text.model)");
+    }
+    let reports = bench::files(&settings, &mut |report| println!("{}", report.line()))?;
+    let reports: Vec<Value> = reports.iter().map(bench::FilesReport::json).collect();
+    match &args.json {
+        Some(path) => write(path, &json!({ "files": reports })),
+        None => Ok(()),
+    }
 }

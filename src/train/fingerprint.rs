@@ -6,7 +6,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, weight_files};
 use crate::error::{Error, Result};
 
 /// Bytes hashed at the start, the middle and the end of each tensor.
@@ -64,23 +64,55 @@ pub fn of_file(path: &Path) -> Result<String> {
 /// # Errors
 /// There are none, or they cannot be read.
 pub fn of_adapter(dir: &Path) -> Result<String> {
-    let names = [
-        "adapter_model.safetensors",
-        "adapter_model.bin",
-        "pytorch_model.bin",
-    ];
-    let path = names
+    let config = dir.join("adapter_config.json");
+    let named = ["adapter_model.safetensors", "adapter_model.bin"]
         .map(|name| dir.join(name))
         .into_iter()
         .find(|path| path.exists());
-    let weights = of_file(&path.unwrap_or_else(|| dir.join(names[0])))?;
-    let config = std::fs::read(dir.join("adapter_config.json")).unwrap_or_default();
+    let paths = match named {
+        Some(path) if config.exists() => vec![path],
+        // A folder of the official P-Tuning scripts.
+        _ => weight_files(dir)?,
+    };
+    let weights = paths
+        .iter()
+        .map(|path| of_file(path))
+        .collect::<Result<Vec<_>>>()?;
+    let config = std::fs::read(config).unwrap_or_default();
     Ok(of_bytes(|hash| {
-        hash(weights.as_bytes());
+        weights.iter().for_each(|weights| hash(weights.as_bytes()));
         hash(&config);
     }))
 }
 
 fn hex(hash: Sha256) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_adapter_folder_has_a_fingerprint() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = |name: &str, files: &[(&str, &str)]| {
+            let folder = dir.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            for (file, content) in files {
+                std::fs::write(folder.join(file), content).unwrap();
+            }
+            of_adapter(&folder)
+        };
+        let index = r#"{"weight_map": {"a": "1.bin", "b": "2.bin"}}"#;
+        let name = "pytorch_model.bin.index.json";
+        let sharded = folder("sharded", &[(name, index), ("1.bin", "A"), ("2.bin", "B")]).unwrap();
+        let other = folder("other", &[(name, index), ("1.bin", "A"), ("2.bin", "C")]).unwrap();
+        assert_ne!(sharded, other, "every shard counts");
+        let whole = folder("whole", &[("model.safetensors", "A")]).unwrap();
+        assert_eq!(folder("bin", &[("pytorch_model.bin", "A")]).unwrap(), whole);
+        let peft = [("adapter_model.safetensors", "A"), ("adapter_config.json", "{}")];
+        assert_ne!(folder("peft", &peft).unwrap(), whole, "its configuration counts");
+        assert!(folder("empty", &[]).is_err());
+    }
 }

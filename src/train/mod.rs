@@ -20,10 +20,14 @@ mod scale;
 mod start;
 mod state;
 mod steps;
+mod trained_on;
 mod trainer;
 mod watch;
 
 pub use best::BestSoFar;
+pub use fingerprint::{
+    of_adapter as adapter_fingerprint, of_bytes as bytes_fingerprint, of_file as file_fingerprint,
+};
 pub use folder::RunFolder;
 pub use inputs::Inputs;
 pub use interrupt::Interrupt;
@@ -31,5 +35,6 @@ pub use progress::{Progress, StepLine, clock, preparing_weights};
 pub use run::{Summary, base_fingerprint, run};
 pub use scale::LossScale;
 pub use state::{Checkpoints, OPTIMIZER, RunState};
+pub use trained_on::{NOTE, TrainedOn};
 pub use trainer::{Options, StepReport, Trainer};
 pub use watch::{Warning, Watch};

@@ -298,8 +298,8 @@ fn absurd_safetensors_headers_are_refused() {
         header(text);
         refused(read_tensors(&path), &["model.safetensors"]);
     }
-    header(r#"{"w":{"dtype":"I8","shape":[8],"data_offsets":[0,8]}}"#);
-    refused(read_tensors(&path), &["model.safetensors: w", "I8"]);
+    header(r#"{"w":{"dtype":"I16","shape":[4],"data_offsets":[0,8]}}"#);
+    refused(read_tensors(&path), &["model.safetensors: w", "I16"]);
     header(r#"{"w":{"dtype":"F32","shape":[1,1,1,1,2],"data_offsets":[0,8]}}"#);
     refused(read_tensors(&path), &["model.safetensors: w", "four extents"]);
     header(r#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#);

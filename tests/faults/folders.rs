@@ -209,8 +209,8 @@ fn configs_that_miss_keys_or_belong_to_other_models_are_refused() {
         &["ChatGLM2", "not supported yet"],
     );
     refused(
-        with("quantization_bit", serde_json::json!(4)),
-        &["quantization_bit 4", "not supported yet"],
+        with("quantization_bit", serde_json::json!(3)),
+        &["quantization_bit 3", "4 or 8"],
     );
     with("quantization_bit", serde_json::json!(0)).unwrap();
     refused(
@@ -272,11 +272,17 @@ fn adapters_of_other_kinds_and_broken_ones_are_refused() {
         ("init_lora_weights", serde_json::json!("pissa_niter_16")),
         ("bias", serde_json::json!("all")),
         ("modules_to_save", serde_json::json!("lm_head")),
-        ("rank_pattern", serde_json::json!({"dense": 4})),
-        ("alpha_pattern", serde_json::json!({"dense": 4})),
+        ("rank_pattern", serde_json::json!({"dense": 0})),
+        ("rank_pattern", serde_json::json!(["dense"])),
+        ("rank_pattern", serde_json::json!({"(?=dense)": 2})),
+        ("alpha_pattern", serde_json::json!({"dense": "4"})),
+        ("layers_to_transform", serde_json::json!([-1])),
+        ("layers_pattern", serde_json::json!("h")),
+        ("enable_lora", serde_json::json!([true, false, true])),
         ("peft_type", serde_json::json!("IA3")),
         ("r", serde_json::json!(0)),
-        ("target_modules", serde_json::json!("all-linear")),
+        ("target_modules", serde_json::json!("")),
+        ("target_modules", serde_json::json!(".*mlp.*")),
         ("lora_alpha", serde_json::json!("big")),
     ] {
         let mut json = sound.clone();

@@ -5,6 +5,7 @@ mod disk;
 mod files;
 mod folders;
 mod kills;
+mod merging;
 #[path = "../common/program.rs"]
 mod program;
 mod results;

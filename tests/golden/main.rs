@@ -8,6 +8,7 @@ mod common;
 mod forward;
 mod generation;
 mod gradients;
+mod merged;
 mod metrics;
 mod nf4;
 mod optimizers;

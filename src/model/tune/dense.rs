@@ -91,10 +91,15 @@ fn refuse_quantized(model: &Model, what: &str, trains: &dyn Fn(&str) -> bool) ->
     for (i, block) in model.blocks.iter().enumerate() {
         for (module, linear) in block.linears() {
             let name = format!("transformer.layers.{i}.{module}.weight");
-            if trains(&name) && matches!(linear.weight, Weight::Quant(_)) {
+            let bits = match linear.weight {
+                Weight::Dense(_) => continue,
+                Weight::Quant(_) => 4,
+                Weight::Int8(_) => 8,
+            };
+            if trains(&name) {
                 return Err(Error::input(
                     format!("{what}: {name}"),
-                    "a weight in 4 bits",
+                    format!("a weight in {bits} bits"),
                     "a dense one",
                     "give the fp16 checkpoint and load it dense, or use method qlora",
                 ));

@@ -4,6 +4,7 @@
 //! [`load_adapter`] puts the result of a training on a base, and [`save_model`] writes a base that has itself been trained.
 
 mod dense;
+mod exchange;
 mod lora;
 mod prefix;
 mod storage;
@@ -11,14 +12,17 @@ mod storage;
 use std::path::Path;
 
 pub use dense::{FreezeModules, untie_head, widen};
-pub use lora::{LoraConfig, LoraInit, LoraTarget, Merged, SavedModule, adapter_tensors, save_adapter};
+pub use exchange::Exchange;
+pub use lora::{
+    LoraConfig, LoraInit, LoraTarget, Merged, Merger, SavedModule, Strength, adapter_tensors, save_adapter,
+};
 pub use prefix::PrefixConfig;
 pub use storage::{MasterPlace, Storage};
 
-use super::Model;
-use super::save::SHARD_BYTES;
+use super::{Model, ModelConfig};
+use crate::checkpoint::shards::SHARD_BYTES;
 use crate::checkpoint::{AdapterConfig, read_adapter};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::ledger::account;
 
 /// A tuning method. QLoRA is [`Tuning::Lora`] on 4-bit weights.
@@ -84,6 +88,23 @@ pub fn adapter_kind(dir: &Path) -> Result<Loaded> {
     read_adapter(dir).map(|(config, _)| Loaded::Lora(config))
 }
 
+/// Checks that the P-Tuning prefix of a folder fits a base of this configuration.
+///
+/// # Errors
+/// It does not: a tensor is unknown, missing, mis-shaped or not finite.
+pub fn check_prefix(config: &ModelConfig, dir: &Path) -> Result<PrefixConfig> {
+    prefix::check(config, dir)
+}
+
+/// Writes the P-Tuning prefix of the folder `from`, of any kind that [`load_adapter`] reads, as the official trainer does: the folder
+/// `dir` with `pytorch_model.bin` in F32 and the `config.json` of `base`, else its own.
+///
+/// # Errors
+/// The folder is no whole prefix; there is no `config.json`; `dir` cannot be written.
+pub fn rewrite_prefix(from: &Path, base: Option<&Path>, dir: &Path) -> Result<PrefixConfig> {
+    prefix::rewrite(from, base, dir)
+}
+
 /// Writes what trains into the folder `dir`, to be read by [`restore`]: a PEFT folder, an official P-Tuning v2 folder, or
 /// the trained tensors of the base. `base` is the model folder that training began from.
 ///
@@ -117,16 +138,6 @@ pub fn restore(model: &mut Model, tuning: &Tuning, dir: &Path) -> Result<()> {
 /// # Errors
 /// The folder is no adapter of this base, a prefix (which has no weight to be added to), or the model carries an adapter.
 pub fn merge_adapter(model: &mut Model, dir: &Path) -> Result<Merged> {
-    if prefix::is_folder(dir) {
-        prefix::kind(dir)?;
-        let remedy = "a prefix has no weight to be added to: use it with --adapter, alone";
-        return Err(Error::input(
-            dir.display(),
-            "a prefix of P-Tuning v2",
-            "a LoRA adapter",
-            remedy,
-        ));
-    }
     lora::merge(model, dir)
 }
 

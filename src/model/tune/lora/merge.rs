@@ -3,13 +3,14 @@
 use std::fmt;
 use std::path::Path;
 
-use super::folder::Folder;
-use super::weight;
+use super::folder::placed;
+use super::merger::{Merger, Strength};
+use super::{saved, weight};
 use crate::checkpoint::AdapterConfig;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::Weight;
-use crate::tensor::Tensor;
+use crate::tensor::Device;
 
 /// What [`merge`] did.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,27 +51,24 @@ pub(in crate::model::tune) fn merge(model: &mut Model, dir: &Path) -> Result<Mer
         let found = "a model that carries an adapter";
         return Err(Error::input(dir.display(), found, "a base without one", remedy));
     }
-    let mut folder = Folder::read(dir)?;
-    let scale = folder.scale();
+    let merger = Merger::open(model.config(), &[Strength { dir, factor: 1.0 }])?;
     let (mut linears, mut requantized) = (0, 0);
     for (i, block) in model.blocks.iter_mut().enumerate() {
         for (module, linear) in block.linears_mut() {
-            let Some(pair) = folder.take(i, module, linear.extents())? else {
+            let name = format!("transformer.layers.{i}.{module}.weight");
+            if !merger.changes(&name) {
                 continue;
-            };
-            let mut w = weight::decoded(&linear.weight)?;
-            weight::add_product(&mut w, scale, &pair.b, &pair.a)?;
-            if let Some(magnitude) = &pair.magnitude {
-                stretch(&mut w, magnitude);
             }
+            let w = merger.merge(&name, weight::decoded(&linear.weight)?)?;
             let place = format!("{} merged into layer {i} {module}", dir.display());
             weight::replace(&mut linear.weight, &w, &place)?;
             linears += 1;
-            requantized += usize::from(matches!(linear.weight, Weight::Quant(_)));
+            requantized += usize::from(!matches!(linear.weight, Weight::Dense(_)));
         }
     }
-    let replaced = folder.put_saved(model, false)?;
-    let config = folder.finish(linears)?;
+    let (_, config) = merger.adapters().next().expect("one adapter was opened");
+    let config = config.clone();
+    let replaced = replace_saved(model, &merger)?;
     Ok(Merged {
         config,
         linears,
@@ -79,13 +77,27 @@ pub(in crate::model::tune) fn merge(model: &mut Model, dir: &Path) -> Result<Mer
     })
 }
 
-/// Gives every row of `w` the length that `magnitude` says. A row of zeros becomes NaN, as in PEFT, and is refused later.
-fn stretch(w: &mut Tensor, magnitude: &Tensor) {
-    let (_, input) = w.shape().rows_and_columns();
-    let rows = w.as_mut_slice::<f32>().chunks_exact_mut(input);
-    for (row, m) in rows.zip(magnitude.to_f64_vec()) {
-        let square: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        let factor = m / square.sqrt();
-        row.iter_mut().for_each(|x| *x = (f64::from(*x) * factor) as f32);
-    }
+/// Puts modules that trained whole in their places, frozen: on the host in the type of sums, on a device in the type of the
+/// matrix that was there. Returns how many tensors they are.
+fn replace_saved(model: &mut Model, merger: &Merger) -> Result<usize> {
+    let (dtype, device) = (model.dtype().accumulator(), model.device());
+    let modules = merger.saved();
+    let mut count = 0;
+    saved::for_each(model, modules, &mut |name, param| {
+        let Some(new) = merger.replacement(name) else {
+            return Ok(());
+        };
+        let tensor = match new.needs_base() {
+            true => new.over(&param.value.to_device(Device::Cpu)?),
+            false => new.over(&param.value),
+        };
+        let dtype = match device {
+            Device::Cuda(_) => param.value.dtype(),
+            Device::Cpu => dtype,
+        };
+        *param = placed(&tensor, dtype, device, false)?;
+        count += 1;
+        Ok(())
+    })?;
+    Ok(count)
 }
