@@ -1,13 +1,12 @@
 //! What `chat` and `generate` share: which model, how to sample, how a conversation becomes a prompt that fits.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::{is_quantized, open_or_quantize};
 use crate::compute;
-use crate::config::RunConfig;
 use crate::data::template;
 use crate::error::{Error, Result};
 use crate::generate::GenerationConfig;
@@ -15,7 +14,7 @@ use crate::model::{EmbeddingPlace, LoadOptions, Model, tune};
 use crate::quant::QuantType;
 use crate::tensor::Device;
 use crate::tokenizer::Tokenizer;
-use crate::train::{Checkpoints, RunState, base_fingerprint, preparing_weights};
+use crate::train::{TrainedOn, base_fingerprint, preparing_weights};
 
 /// How the base weights are held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -140,16 +139,12 @@ pub fn load_base(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
         ));
     }
     let tokenizer = Tokenizer::open(&args.model)?;
-    let load_in = args.load_in.unwrap_or(if run.four_bits {
-        LoadIn::FourBit
-    } else {
-        LoadIn::Stored
-    });
+    let holding = Holding::of(args.load_in, &run);
     if let Some(base) = &run.base {
         warn_of_another_base(args, base, &run.merged)?;
     }
-    let (checkpoint, how) = match load_in {
-        LoadIn::Stored => (Checkpoint::open(&args.model)?, "as stored".to_string()),
+    let checkpoint = match holding.load_in {
+        LoadIn::Stored => Checkpoint::open(&args.model)?,
         LoadIn::FourBit => {
             let cache_dir = args.cache_dir.as_deref().or(run.cache_dir.as_deref());
             let mut say = preparing_weights();
@@ -164,10 +159,7 @@ pub fn load_base(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
                 run.double_quant,
                 &mut progress,
             )?;
-            (
-                checkpoint,
-                format!("in 4 bits ({:?})", run.quant_type).to_lowercase(),
-            )
+            checkpoint
         }
     };
     tokenizer.check(checkpoint.config())?;
@@ -184,6 +176,10 @@ pub fn load_base(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
             ..LoadOptions::default()
         },
     )?;
+    let how = match checkpoint.config().row_scaled {
+        Some(_) => format!("as stored, in {}", checkpoint.config().linears()),
+        None => holding.words(),
+    };
     eprintln!(
         "model: {} {how}; computing on: {}",
         args.model.display(),
@@ -203,11 +199,8 @@ pub fn load_base(args: &ModelArgs) -> Result<(Model, Tokenizer)> {
 /// An adapter of another model, or a file of it that cannot be used.
 pub fn attach_adapter(args: &ModelArgs, model: &mut Model) -> Result<()> {
     if let Some(dir) = &args.adapter {
-        let what = match tune::load_adapter(model, dir, false)? {
-            tune::Loaded::Lora(config) => format!("r {}, {}", config.r, config.target_modules.join(", ")),
-            tune::Loaded::Prefix(config) => format!("a prefix of {}", config.pre_seq_len),
-        };
-        eprintln!("adapter: {} ({what})", dir.display());
+        let loaded = tune::load_adapter(model, dir, false)?;
+        eprintln!("adapter: {} ({})", dir.display(), describe_adapter(&loaded));
         if let Some(factor) = args.adapter_scale {
             tune::scale_adapter(model, factor)?;
         }
@@ -215,20 +208,54 @@ pub fn attach_adapter(args: &ModelArgs, model: &mut Model) -> Result<()> {
     Ok(())
 }
 
-/// What the `run.toml` beside an adapter says about the base weights it was trained on.
-struct TrainedOn {
-    four_bits: bool,
-    quant_type: QuantType,
-    double_quant: bool,
-    cache_dir: Option<PathBuf>,
-    /// Adapters that were merged into the base before.
-    merged: Vec<PathBuf>,
-    /// The fingerprint of the base weights, where a checkpoint of the run still tells it.
-    base: Option<String>,
+/// What an adapter is, in a few words.
+pub fn describe_adapter(loaded: &tune::Loaded) -> String {
+    match loaded {
+        tune::Loaded::Lora(config) => format!("r {}, {}", config.r, config.targets_in_words()),
+        tune::Loaded::Prefix(config) => format!("a prefix of {}", config.pre_seq_len),
+    }
+}
+
+/// How the base weights are held beneath an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holding {
+    /// As stored, or in 4 bits.
+    pub load_in: LoadIn,
+    /// Of 4 bits: the codes and whether their scales are quantised as well.
+    pub quantisation: Option<(QuantType, bool)>,
+    /// Adapters merged into them.
+    pub merged: Vec<PathBuf>,
+}
+
+impl Holding {
+    /// As `--load-in` asks, else as an adapter was trained.
+    pub fn of(load_in: Option<LoadIn>, run: &TrainedOn) -> Self {
+        // What PiSSA leaves of a base in 4 bits is not that base in 4 bits: the adapter as it is saved goes with the dense one.
+        let load_in = load_in.unwrap_or(match run.four_bits && !run.pissa {
+            true => LoadIn::FourBit,
+            false => LoadIn::Stored,
+        });
+        Self {
+            load_in,
+            quantisation: (load_in == LoadIn::FourBit).then_some((run.quant_type, run.double_quant)),
+            merged: run.merged.clone(),
+        }
+    }
+
+    /// For a message.
+    pub fn words(&self) -> String {
+        match self.quantisation {
+            None => "as stored".to_string(),
+            Some((quant_type, _)) => format!("in 4 bits ({quant_type:?})").to_lowercase(),
+        }
+    }
 }
 
 /// Shapes tell an adapter of another size apart, not one of another model of the same size.
-fn warn_of_another_base(args: &ModelArgs, base: &str, merged: &[PathBuf]) -> Result<()> {
+///
+/// # Errors
+/// The checkpoint cannot be read.
+pub fn warn_of_another_base(args: &ModelArgs, base: &str, merged: &[PathBuf]) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.model)?;
     checkpoint.validate()?;
     if !is_quantized(&checkpoint) && base_fingerprint(&checkpoint, merged)? != base {
@@ -240,60 +267,17 @@ fn warn_of_another_base(args: &ModelArgs, base: &str, merged: &[PathBuf]) -> Res
     Ok(())
 }
 
-impl Default for TrainedOn {
-    /// Adapters of other programs have no `run.toml`: weights as stored, and NF4 with double quantisation if asked for.
-    fn default() -> Self {
-        Self {
-            four_bits: false,
-            quant_type: QuantType::Nf4,
-            double_quant: true,
-            cache_dir: None,
-            merged: Vec::new(),
-            base: None,
-        }
-    }
-}
-
-impl TrainedOn {
-    fn read(adapter: &Path) -> Result<Self> {
-        // Beside the adapter of a run, or above the `checkpoints` that it is one of.
-        let checkpoints = adapter.parent().filter(|dir| dir.ends_with("checkpoints"));
-        let places = [Some(adapter), checkpoints.and_then(Path::parent)];
-        let mut paths = places.into_iter().flatten().map(|dir| dir.join("run.toml"));
-        let Some(path) = paths.find(|path| path.exists()) else {
-            return Ok(Self::default());
-        };
-        let newest = Checkpoints::new(adapter, 1)
-            .list()
-            .ok()
-            .and_then(|mut all| all.pop());
-        let checkpoint = newest.map_or_else(|| adapter.to_path_buf(), |(_, place)| place);
-        let run = RunConfig::read(&path)?;
-        Ok(Self {
-            four_bits: run.in_four_bits(),
-            quant_type: if run.quant_type == "fp4" {
-                QuantType::Fp4
-            } else {
-                QuantType::Nf4
-            },
-            double_quant: !run.no_double_quant,
-            cache_dir: run.cache_dir,
-            merged: run.merge_adapters,
-            // Only for a warning: a state that cannot be read is no reason to stop.
-            base: RunState::read(&checkpoint).ok().map(|state| state.base),
-        })
-    }
-}
-
 /// The prompt ids (with `[gMASK] <sop>`) of a conversation, oldest turns dropped until they leave room for an answer, and how
 /// many turns were dropped.
 ///
-/// Room is `max_new_tokens`, or a quarter of `max_length` when that is not given.
+/// Room is `max_new_tokens`, or a quarter of `max_length` when that is not given. `system`, empty for none, stands on a line of its own
+/// before the oldest question that is left: ChatGLM-6B was trained on no other place for it.
 ///
 /// # Errors
 /// The query alone does not fit.
 pub fn fit(
     encode: &dyn Fn(&str) -> Vec<u32>,
+    system: &str,
     query: &str,
     history: &[(String, String)],
     config: &GenerationConfig,
@@ -303,7 +287,7 @@ pub fn fit(
         .unwrap_or(config.max_length / 4)
         .min(config.max_length);
     for dropped in 0..=history.len() {
-        let ids = encode(&template::prompt(query, &history[dropped..]));
+        let ids = encode(&prompt(system, query, &history[dropped..]));
         let room = if dropped == history.len() {
             config.max_length.saturating_sub(1)
         } else {
@@ -313,7 +297,7 @@ pub fn fit(
             return Ok((ids, dropped));
         }
     }
-    let ids = encode(&template::prompt(query, &[])).len();
+    let ids = encode(&prompt(system, query, &[])).len();
     Err(Error::input(
         "prompt",
         format!("{ids} tokens"),
@@ -322,26 +306,29 @@ pub fn fit(
     ))
 }
 
+/// The official prompt, with `system` before its first question.
+fn prompt(system: &str, query: &str, history: &[(String, String)]) -> String {
+    match history.split_first() {
+        _ if system.is_empty() => template::prompt(query, history),
+        None => template::prompt(&first_question(system, query), &[]),
+        Some(((question, answer), later)) => {
+            let first = (first_question(system, question), answer.clone());
+            template::prompt(query, &[&[first], later].concat())
+        }
+    }
+}
+
+/// `question` with `system` before it, if there is any.
+pub fn first_question(system: &str, question: &str) -> String {
+    match system {
+        "" => question.to_string(),
+        system => format!("{system}\n{question}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_adapter_says_on_which_weights_it_was_trained() {
-        let dir = tempfile::tempdir().unwrap();
-        assert!(!TrainedOn::read(dir.path()).unwrap().four_bits);
-        std::fs::write(
-            dir.path().join("run.toml"),
-            "method = 'qlora'\nquant_type = 'fp4'\nno_double_quant = true\n",
-        )
-        .unwrap();
-        let run = TrainedOn::read(dir.path()).unwrap();
-        assert!(run.four_bits && run.quant_type == QuantType::Fp4 && !run.double_quant);
-        std::fs::write(dir.path().join("run.toml"), "method = 'lora'\n").unwrap();
-        assert!(!TrainedOn::read(dir.path()).unwrap().four_bits);
-        std::fs::write(dir.path().join("run.toml"), "method = ").unwrap();
-        assert!(TrainedOn::read(dir.path()).is_err_and(|e| e.to_string().contains("run.toml")));
-    }
 
     #[test]
     fn the_defaults_of_the_flags_are_those_of_the_official_chat() {

@@ -4,12 +4,14 @@
 //! token a step ([`Model::decode`]) until every sequence has produced `<eop>` or its share of tokens. What a sequence
 //! becomes depends on its own tokens, its own number and the seed, never on the padding or on its neighbours.
 
+mod generator;
 pub mod sampling;
 pub mod speed;
 pub mod stream;
 
 use std::ops::ControlFlow;
-use std::time::Instant;
+
+use serde_json::{Value, json};
 
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
@@ -17,6 +19,7 @@ use crate::model::Model;
 use crate::rng::Stream;
 use crate::tensor::{DType, Tensor};
 
+pub use generator::{Generator, Sequence, number};
 use sampling::Sampler;
 use speed::Speed;
 
@@ -120,6 +123,21 @@ impl GenerationConfig {
         Ok(())
     }
 
+    /// Every setting by its name in transformers.
+    pub fn named(&self) -> [(&'static str, Value); 9] {
+        [
+            ("do_sample", json!(self.do_sample)),
+            ("temperature", json!(self.temperature)),
+            ("top_k", json!(self.top_k)),
+            ("top_p", json!(self.top_p)),
+            ("repetition_penalty", json!(self.repetition_penalty)),
+            ("no_repeat_ngram_size", json!(self.no_repeat_ngram_size)),
+            ("max_new_tokens", json!(self.max_new_tokens)),
+            ("max_length", json!(self.max_length)),
+            ("seed", json!(self.seed)),
+        ]
+    }
+
     /// How many tokens may follow a prompt of `prompt` tokens.
     ///
     /// # Errors
@@ -164,31 +182,7 @@ pub fn generate(
     config: &GenerationConfig,
     on_token: &mut OnToken<'_>,
 ) -> Result<Generated> {
-    config.validate()?;
-    let mut capacity = batch.len;
-    for span in &batch.spans {
-        capacity = capacity.max(batch.len.saturating_add(config.room(batch.len - span.start)?));
-    }
-    let mut cache = model.cache(batch.size, capacity)?;
-    let begin = Instant::now();
-    let first = model.prefill(&mut cache, batch)?;
-    let mut speed = Speed {
-        prompt_tokens: batch.spans.iter().map(|span| batch.len - span.start).sum(),
-        prefill: begin.elapsed(),
-        ..Speed::default()
-    };
-    let begin = Instant::now();
-    let ends = Ends {
-        eos: model.config().eos_token_id,
-        pad: model.config().pad_token_id,
-    };
-    let sequences = run(batch, numbers, config, ends, first, on_token, |tokens| {
-        speed.steps += 1;
-        model.decode(&mut cache, tokens)
-    })?;
-    speed.decode = begin.elapsed();
-    speed.new_tokens = sequences.iter().map(Vec::len).sum();
-    Ok(Generated { sequences, speed })
+    Generator::new(model)?.batch(batch, numbers, config, on_token)
 }
 
 /// The token that ends a sequence, and the one that is fed for a sequence that has ended.

@@ -11,13 +11,14 @@ mod policy;
 mod save;
 mod skeleton;
 mod stream;
+pub mod sweep;
 mod trace;
 pub mod tune;
 pub mod workspace;
 
 pub use by_layer::{ByLayer, Layer, LayerGradients};
-pub use cache::KvCache;
-pub use config::ModelConfig;
+pub use cache::{KvCache, PrefixKeys, ReadPrompt};
+pub use config::{Linears, ModelConfig, RowScaled};
 use head::StoredHead;
 pub use load::{EmbeddingPlace, HeadStorage, LoadOptions, LoadedFrom, Weights};
 pub use policy::{LayerPolicy, Recompute};
@@ -538,9 +539,11 @@ impl Model {
         });
         bytes += self.stored_head.as_ref().map_or(0, StoredHead::bytes);
         for (_, linear) in self.blocks.iter().flat_map(Block::linears) {
-            if let crate::nn::Weight::Quant(weight) = &linear.weight {
-                bytes += weight.bytes();
-            }
+            bytes += match &linear.weight {
+                crate::nn::Weight::Dense(_) => 0,
+                crate::nn::Weight::Quant(weight) => weight.bytes(),
+                crate::nn::Weight::Int8(weight) => weight.bytes(),
+            };
         }
         bytes
     }
