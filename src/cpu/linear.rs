@@ -3,11 +3,13 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::dot::{self, Spread};
 use super::matrix::{Mat, MatMut, gemm};
 use super::panel::{WIDTH, transpose};
 use super::parallel;
 use super::real::{Real, sum2, vectorized};
 use super::weight::{Elements, Weight};
+use crate::tensor::DType;
 
 /// Rows of a panel: with [`WIDTH`] columns of f32 it takes 128 KiB of the second-level cache.
 const DEPTH: usize = 512;
@@ -78,6 +80,10 @@ pub fn forward<T: Real>(
     }
     let m = y.len() / n;
     fill(bias, residual, y, n);
+    let spread = match m {
+        1 => narrow(x).and_then(|x| Spread::new(x, weight.elements)),
+        _ => None,
+    };
     let x = Mat::contiguous(x, m, k);
     let strips: Vec<_> = MatMut::contiguous(y, m, n)
         .split_columns(WIDTH)
@@ -88,7 +94,7 @@ pub fn forward<T: Real>(
         let first = rows.start + i * WIDTH;
         let strip = first..first + y.column_count();
         if m <= FEW_ROWS {
-            return few_rows(x, weight, strip, &mut y, m);
+            return few_rows(x, weight, strip, &mut y, m, spread.as_ref());
         }
         let depth = DEPTH.min(k);
         with_tile((WIDTH + strip.len()) * depth, |memory| {
@@ -115,20 +121,27 @@ pub fn forward<T: Real>(
     });
 }
 
-/// The few-rows case of [`forward`]: each weight row is decoded once and multiplied with every row of `x`.
+/// The few-rows case of [`forward`]: each weight row is decoded once and multiplied with every row of `x`; with the only row in
+/// registers, where that can be.
 fn few_rows<T: Real>(
     x: Mat<'_, T>,
     weight: Weight<'_, T>,
     strip: Range<usize>,
     y: &mut MatMut<'_, T>,
     m: usize,
+    spread: Option<&Spread>,
 ) {
-    const CHUNK: usize = 2048;
+    const CHUNK: usize = 4096;
     let k = weight.columns;
     with_tile(CHUNK.min(k), |tile| {
         for (column, row) in strip.enumerate() {
             for start in (0..k).step_by(CHUNK) {
                 let part = start..(start + CHUNK).min(k);
+                if let (Some(spread), Elements::Codes4(w)) = (spread, weight.elements) {
+                    let first = (row * k + part.start) / crate::quant::BLOCK;
+                    y.row(0)[column] += T::of_f32(spread.dot(part, &w, first));
+                    continue;
+                }
                 let tile = &mut tile[..part.len()];
                 let w: &[T] = match weight.elements {
                     Elements::Own(w) => &w[row * k + part.start..row * k + part.end],
@@ -138,16 +151,28 @@ fn few_rows<T: Real>(
                     }
                 };
                 for i in 0..m {
-                    let x = x.row(i, part.clone());
-                    let dot = vectorized(
-                        #[inline(always)]
-                        || sum2(x, w, |a, b| a * b),
-                    );
-                    y.row(i)[column] += dot;
+                    y.row(i)[column] += product(x.row(i, part.clone()), w);
                 }
             }
         }
     });
+}
+
+/// `x` itself, if the compute type is f32.
+fn narrow<T: Real>(x: &[T]) -> Option<&[f32]> {
+    bytemuck::try_cast_slice(x)
+        .ok()
+        .filter(|_| T::DTYPE == DType::F32)
+}
+
+fn product<T: Real>(x: &[T], w: &[T]) -> T {
+    match (narrow(x), narrow(w)) {
+        (Some(x), Some(w)) => T::of_f32(dot::dense(x, w)),
+        _ => vectorized(
+            #[inline(always)]
+            || sum2(x, w, |a, b| a * b),
+        ),
+    }
 }
 
 /// `dx [M, K] = dy [M, N] W + alpha * residual`, for weight rows `rows` (N of them).

@@ -5,6 +5,7 @@
 pub mod activation;
 pub mod attention;
 pub mod dora;
+mod dot;
 pub mod embedding;
 pub mod linear;
 pub mod loss;

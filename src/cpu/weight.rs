@@ -190,7 +190,7 @@ impl Codes4<'_> {
         super::real::vectorized(
             #[inline(always)]
             || {
-                for (scale, out, codes) in self.blocks(first, out) {
+                for (scale, out, codes) in self.blocks_mut(first, out) {
                     for (pair, &byte) in out.chunks_exact_mut(2).zip(codes) {
                         pair[0] = T::of_f32(self.table[(byte >> 4) as usize] * scale);
                         pair[1] = T::of_f32(self.table[(byte & 15) as usize] * scale);
@@ -207,7 +207,7 @@ impl Codes4<'_> {
             #[inline(always)]
             || {
                 let table = pulp::cast(*self.table);
-                for (scale, out, codes) in self.blocks(first, out) {
+                for (scale, out, codes) in self.blocks_mut(first, out) {
                     let scale = simd.avx512f._mm512_set1_ps(scale);
                     let (out, _) = out.as_chunks_mut::<16>();
                     let (codes, _) = codes.as_chunks::<8>();
@@ -223,7 +223,7 @@ impl Codes4<'_> {
 
     /// Scale, output and codes of each whole block from number `first` on.
     #[inline(always)]
-    fn blocks<'b, T>(
+    fn blocks_mut<'b, T>(
         &'b self,
         first: usize,
         out: &'b mut [T],
@@ -232,22 +232,31 @@ impl Codes4<'_> {
         let blocks = out.chunks_exact_mut(BLOCK).zip(codes).enumerate();
         blocks.map(move |(i, (out, codes))| (self.scales.get(first + i), out, codes))
     }
+
+    /// [`Self::blocks_mut`] to read beside the elements of another vector.
+    #[inline(always)]
+    pub(super) fn blocks<'b>(
+        &'b self,
+        first: usize,
+        x: &'b [f32],
+    ) -> impl Iterator<Item = (f32, &'b [f32; BLOCK], &'b [u8; BLOCK / 2])> {
+        let (codes, _) = self.codes[first * BLOCK / 2..].as_chunks();
+        let (x, _) = x.as_chunks();
+        let blocks = x.iter().zip(codes).enumerate();
+        blocks.map(move |(i, (x, codes))| (self.scales.get(first + i), x, codes))
+    }
 }
 
 /// Sixteen nibbles of `word` as sixteen 32-bit indices: the high nibble of byte 0, its low nibble, byte 1, ...
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn spread(simd: pulp::x86::V4, word: u64) -> std::arch::x86_64::__m512i {
-    // Swapping the nibbles of every byte puts element e at bits 4e; each half of eight is then shifted lane by lane.
-    let word = ((word & 0x0f0f_0f0f_0f0f_0f0f) << 4) | ((word >> 4) & 0x0f0f_0f0f_0f0f_0f0f);
-    const SHIFTS: [u32; 16] = [0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28];
+    const SHIFTS: [u32; 16] = [4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24];
     let (low, high) = (word as u32, (word >> 32) as u32);
     let halves: [u32; 16] = [
         low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high,
     ];
-    let shifted = simd
-        .avx512f
-        ._mm512_srlv_epi32(pulp::cast(halves), pulp::cast(SHIFTS));
+    // Of each index the shuffle of the table reads the lowest four bits.
     simd.avx512f
-        ._mm512_and_si512(shifted, simd.avx512f._mm512_set1_epi32(15))
+        ._mm512_srlv_epi32(pulp::cast(halves), pulp::cast(SHIFTS))
 }
