@@ -96,7 +96,8 @@ impl Loads {
         }
     }
 
-    fn library(self) -> Option<&'static str> {
+    /// The hub's `library_name`.
+    fn package(self) -> Option<&'static str> {
         match self {
             Self::HuggingFace | Self::Bitsandbytes | Self::Thudm => Some("transformers"),
             Self::Peft => Some("peft"),
@@ -163,8 +164,8 @@ impl Card<'_> {
         out += "language:\n- zh\n- en\n";
         out += "license: other\nlicense_name: chatglm-6b-model-license\n";
         out += "license_link: https://github.com/THUDM/ChatGLM-6B/blob/main/MODEL_LICENSE\n";
-        if let Some(library) = self.loads.library() {
-            let _ = writeln!(out, "library_name: {library}");
+        if let Some(package) = self.loads.package() {
+            let _ = writeln!(out, "library_name: {package}");
         }
         out += "tags:\n- chatglm\n- glm\n- glmtune\n";
         let tags = self.loads.tags().iter();
